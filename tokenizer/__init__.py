@@ -1,0 +1,1 @@
+"""SentencePiece: trains, encodes, decodes. Knows nothing of torch."""
