@@ -1,0 +1,1 @@
+"""The one Transformer and its parts; transformer.py is where to begin reading."""

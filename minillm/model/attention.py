@@ -1,0 +1,125 @@
+"""Attention: the only place where one token reads another.
+
+B batch, T queries, S keys, H query heads, G key/value heads (H = G * queries per group),
+D head width. Heads are laid out [B, H, T, D] from the projections to the output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from minillm import ops
+from minillm.config import ModelConfig
+from minillm.model.cache import KVCache
+
+
+@dataclass
+class View:
+    """What a block may see besides its own stream; the same for all blocks of a stack."""
+
+    rotation: tuple[Tensor, Tensor] | None = None  # cos, sin [(B,) T, D/2]
+    slopes: Tensor | None = None  # [H], ALiBi
+    segments: Tensor | None = None  # [B, T] document of each token; negative ones are padding
+    memory: Tensor | None = None  # [B, S, dim] output of the encoder
+    memory_segments: Tensor | None = None  # [B, S]
+    cache: KVCache | None = None
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the width of each head, learned weight shared by the heads (QK-norm)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class Attention(nn.Module):
+    """Queries from x, keys and values from `source`; grouped heads (GQA) where there are fewer of these.
+
+    Args:
+        layer: index of the block, under which its keys stand in a cache.
+        causal: a token sees itself and what stands before it.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, causal: bool):
+        super().__init__()
+        self.layer, self.causal = layer, causal
+        self.head_width = config.head_width
+        self.window, self.softcap = config.attention.window, config.attention.softcap
+        width, kv_width = config.heads * config.head_width, config.key_value_heads * config.head_width
+        bias = config.attention.bias
+        self.q_proj = nn.Linear(config.dim, width, bias=bias)
+        self.k_proj = nn.Linear(config.dim, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.dim, kv_width, bias=bias)
+        self.out_proj = nn.Linear(width, config.dim, bias=bias)
+        qk_norm = config.attention.qk_norm
+        self.q_norm = HeadNorm(config.head_width, config.norm.eps) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_width, config.norm.eps) if qk_norm else nn.Identity()
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.q_norm(self._split_heads(self.q_proj(x)))
+
+    def _keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_norm(self._split_heads(self.k_proj(source))), self._split_heads(self.v_proj(source))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b t (h d) -> b h t d", d=self.head_width)
+
+    def _merge_heads(self, y: Tensor) -> Tensor:
+        return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]"""
+        q, (k, v) = self._queries(x), self._keys_and_values(x)
+        if view.rotation is not None:
+            q, k = ops.rope(q, k, *view.rotation)
+        if view.cache is None:
+            segments = None if view.segments is None else (view.segments, view.segments)
+            y = ops.attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                window=self.window,
+                softcap=self.softcap,
+                slopes=view.slopes,
+                segments=segments,
+            )
+        else:
+            y = self._attend_cached(q, k, v, view.slopes, view.cache)
+        return self._merge_heads(y)
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cache: KVCache) -> Tensor:
+        k, v = cache.write(self.layer, k, v)  # keys go in rotated: a cached key never needs its position again
+        options = dict(window=self.window, softcap=self.softcap, slopes=slopes)
+        if not cache.ragged:  # rows of one length: the last query stands on the last key, no lengths are needed
+            return ops.attention(q, k, v, causal=True, **options)
+        if q.shape[2] == 1:
+            return ops.decode_attention(q, k, v, cache.lengths, **options)
+        return ops.attention(q, k, v, causal=True, lengths=(cache.new, cache.lengths), **options)
+
+
+class CrossAttention(Attention):
+    """A decoder reads the encoder's output: no positions, no window, nothing causal."""
+
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim]"""
+        assert view.memory is not None
+        if view.cache is None:
+            k, v = self._keys_and_values(view.memory)
+        else:
+            k, v = view.cache.once(self.layer, lambda: self._keys_and_values(view.memory))
+        segments = None
+        if view.memory_segments is not None:
+            mine = view.segments if view.segments is not None else view.memory_segments.new_zeros(x.shape[:2])
+            segments = (mine, view.memory_segments)
+        y = ops.attention(self._queries(x), k, v, causal=False, softcap=self.softcap, segments=segments)
+        return self._merge_heads(y)

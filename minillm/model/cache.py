@@ -1,0 +1,56 @@
+"""The KV cache: what has been read stays read, so that each new token costs one pass of its own.
+
+B rows, G key/value heads, D head width. Rows may hold different numbers of tokens: each row writes behind its own
+last key, and attention is told how many are in use.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minillm.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of every decoder block, for `rows` sequences of up to `size` tokens.
+
+    Args:
+        rows: sequences side by side.
+        size: the most tokens of one row, those still to be generated included.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, size: int, device: torch.device, dtype: torch.dtype):
+        layers = (config.decoder_layers if config.shape == "encoder-decoder" else None) or config.layers
+        # The slot behind the last one takes the keys of padding, which nobody reads.
+        shape = (layers, 2, rows, config.key_value_heads, size + 1, config.head_width)
+        self.buffer = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # [B] keys in use
+        self.size, self.longest = size, 0  # `longest` bounds `lengths` from above without asking the device
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, T: int, new: Tensor | None) -> None:
+        """Makes room for T tokens a row, of which `new` [B] are real and the rest padding on the right (None: all)."""
+        if self.longest + T > self.size:
+            raise ValueError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
+        step = torch.arange(T, device=self.lengths.device)
+        self.at = self.lengths.unsqueeze(1) + step  # [B, T] positions of the new tokens
+        self.slots = self.at if new is None else torch.where(step < new.unsqueeze(1), self.at, self.size)
+        self.longest += T
+        self.ragged = new is not None or getattr(self, "ragged", False)
+        self.new = torch.full_like(self.lengths, T) if new is None else new
+        self.lengths = self.lengths + self.new
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, G, T, D] of the new tokens -> all keys and values so far [B, G, S, D]."""
+        keys, values = self.buffer[layer]
+        index = self.slots[:, None, :, None].expand_as(k)
+        keys.scatter_(2, index, k.to(keys.dtype))
+        values.scatter_(2, index, v.to(values.dtype))
+        return keys[:, :, : self.longest], values[:, :, : self.longest]
+
+    def once(self, layer: int, keys_and_values: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output, computed in the first step only."""
+        if layer not in self.memory:
+            self.memory[layer] = keys_and_values()
+        return self.memory[layer]

@@ -1,0 +1,173 @@
+"""The Transformer, in its three shapes: decoder (GPT, Llama), encoder (BERT), encoder-decoder (the original, BART).
+
+    ids -> embedding -> stack of blocks -> head -> logits
+
+B batch, T tokens, S source tokens (of the encoder, where there are two), V vocabulary, dim the stream's width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minillm.config import ModelConfig, UserError
+from minillm.model.attention import View
+from minillm.model.block import PostNormBlock, PreNormBlock
+from minillm.model.cache import KVCache
+from minillm.model.initialize import initialize
+from minillm.model.mlp import ACTIVATIONS
+from minillm.model.norm import build_norm
+from minillm.model.position import build_position, document_positions
+
+
+class Stack(nn.Module):
+    """Positions, then `layers` blocks: an encoder (causal=False) or a decoder.
+
+    Args:
+        cross: each block also reads an encoder's output.
+    """
+
+    def __init__(self, config: ModelConfig, layers: int, *, causal: bool, cross: bool):
+        super().__init__()
+        self.position = build_position(config)
+        self.embedding_norm = build_norm(config.dim, config.norm) if config.norm.embedding else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.pre_norm = config.norm.placement == "pre"
+        block = PreNormBlock if self.pre_norm else PostNormBlock
+        self.blocks = nn.ModuleList(block(config, i, causal=causal, cross=cross) for i in range(layers))
+        self.final_norm = build_norm(config.dim, config.norm) if self.pre_norm else None
+        self.checkpoint_activations = False
+
+    def forward(self, x: Tensor, at: Tensor, view: View) -> Tensor:
+        """x [B, T, dim] token embeddings, at [T] or [B, T] their positions -> [B, T, dim]"""
+        view.rotation, view.slopes = self.position.rotation(at), self.position.slopes(x.device)
+        x = self.dropout(self.embedding_norm(self.position.add(x, at)))
+        if not self.pre_norm:
+            for block in self.blocks:
+                x = self._run(block, x, view)
+            return x
+        new, stream = x, torch.zeros_like(x)
+        for block in self.blocks:
+            new, stream = self._run(block, new, stream, view)
+        return self.final_norm(new, stream)[0]
+
+    def _run(self, block: nn.Module, *inputs):
+        if self.checkpoint_activations and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class Head(nn.Module):
+    """Final states [B, T, dim] -> logits [B, T, V]; a tied output matrix is the embedding's, and is passed in."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.softcap = config.softcap
+        self.dense = nn.Linear(config.dim, config.dim) if config.output_transform else None
+        if config.output_transform:
+            self.activation = ACTIVATIONS[config.mlp.kind]
+            self.norm = build_norm(config.dim, config.norm)
+        self.weight = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.output_bias else None
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What stands between the last block and the output matrix: nothing, or BERT's dense layer and norm."""
+        return x if self.dense is None else self.norm(self.activation(self.dense(x)))
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(self.transform(x), weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Transformer(nn.Module):
+    """The one model definition; `config.shape` says which of its two stacks exist.
+
+    Raises `UserError` where the config still lacks its vocabulary size or combines what cannot work.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError("model.vocab_size is not set; give it, or let a tokenizer fill it in")
+        if config.output_transform and config.mlp.gated:
+            raise UserError(f"model.output_transform needs an MLP without a gate, not mlp.kind={config.mlp.kind}")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.type_embedding = nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        has_encoder, has_decoder = config.shape != "decoder", config.shape != "encoder"
+        self.encoder = Stack(config, config.layers, causal=False, cross=False) if has_encoder else None
+        layers = config.decoder_layers or config.layers
+        self.decoder = Stack(config, layers, causal=True, cross=has_encoder) if has_decoder else None
+        self.head = Head(config)
+        initialize(self, config)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, dim]"""
+        return self.embedding.weight if self.head.weight is None else self.head.weight
+
+    def forward(self, ids: Tensor, **inputs) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; `inputs` as for `states`."""
+        return self.head(self.states(ids, **inputs), self.output_weight)
+
+    def states(
+        self,
+        ids: Tensor,
+        *,
+        segments: Tensor | None = None,
+        source: Tensor | None = None,
+        source_segments: Tensor | None = None,
+        token_types: Tensor | None = None,
+        cache: KVCache | None = None,
+        new: Tensor | None = None,
+    ) -> Tensor:
+        """The last block's output [B, T, dim], which task heads and the output matrix read.
+
+        Args:
+            ids: [B, T] tokens; of an encoder-decoder the decoder's.
+            segments: [B, T] document of each token. Tokens see their own document only, and positions count within
+                it. Negative ids are padding. None: each row is one document.
+            source: [B, S] the encoder's tokens, of an encoder-decoder; may be None once a cache has read them.
+            source_segments: [B, S] like `segments`; a decoder's token reads the source of its own id (0 by default).
+            token_types: [B, T] sentence of a pair, for models with `token_types`.
+            cache: holds the tokens before `ids`, and takes these too; decoders only.
+            new: [B] with a cache, how many of the T tokens of each row are real (the rest is padding on the right).
+        """
+        if self.decoder is None:
+            return self.encoder(self._embed(ids, token_types), self._positions(ids, segments), View(segments=segments))
+        memory = None
+        if self.encoder is not None:
+            memory = self._memory(source, source_segments, cache)
+        if cache is not None:
+            cache.begin(ids.shape[1], new)
+        at = cache.at if cache is not None else self._positions(ids, segments)
+        view = View(segments=segments, memory=memory, memory_segments=source_segments, cache=cache)
+        return self.decoder(self._embed(ids, token_types), at, view)
+
+    def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
+        """An encoder-decoder's encoder alone: source [B, S] -> [B, S, dim]"""
+        view = View(segments=source_segments)
+        return self.encoder(self._embed(source, None), self._positions(source, source_segments), view)
+
+    def _memory(self, source: Tensor | None, source_segments: Tensor | None, cache: KVCache | None) -> Tensor:
+        if cache is not None and cache.memory:
+            return self.embedding.weight  # never read: the cache holds its keys and values
+        if source is None:
+            raise UserError("an encoder-decoder needs `source`, the encoder's tokens [B, S]")
+        return self.encode(source, source_segments)
+
+    def _positions(self, ids: Tensor, segments: Tensor | None) -> Tensor:
+        T = ids.shape[1]
+        if T > self.config.context and self.config.position.kind == "learned":
+            raise UserError(f"{T} tokens do not fit: learned positions end at model.context ({self.config.context})")
+        return torch.arange(T, device=ids.device) if segments is None else document_positions(segments)
+
+    def _embed(self, ids: Tensor, token_types: Tensor | None) -> Tensor:
+        x = self.embedding(ids)
+        if self.config.embedding_scale:
+            x = x * math.sqrt(self.config.dim)
+        if self.type_embedding is not None:
+            x = x + self.type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
+        return x
