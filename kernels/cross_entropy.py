@@ -1,0 +1,380 @@
+"""Cross-entropy of logits against labels, with the gradient written in the pass that computes the loss.
+
+For one row of logits x [V] with label y, smoothing e and z-loss weight w:
+
+    z    = c · tanh(x / c)  with softcap c, else x
+    lse  = log Σ_v exp(z_v)
+    loss = (1 − e) · (lse − z_y)  +  e/V · Σ_v (lse − z_v)  +  w · lse²
+
+The gradient by hand: ∂lse/∂z_v = exp(z_v − lse) = p_v, the softmax. Both lse terms of the first two summands add up
+to one lse, so
+
+    ∂loss/∂z_v = p_v · (1 + 2·w·lse)  −  (1 − e)·[v = y]  −  e/V
+    ∂z_v/∂x_v  = 1 − tanh²(x_v / c) = 1 − (z_v / c)²
+
+Everything in it is known once lse is, so the kernel goes over a row twice: first for m = max z and
+s = Σ exp(z − m), block by block with s rescaled whenever m grows (the online softmax; Milakov & Gimelshein 2018,
+arXiv:1805.02867), then once more to write the gradient. The second reading comes mostly from the L2 cache, so a step
+costs one read and one write of the logits, where autograd's chain of operators makes six passes and more.
+
+M rows (tokens), V classes (vocabulary), y labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, tuned
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def cross_entropy_reference(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The definition, in at least fp32; in fp64 it is what the tests trust. See `cross_entropy`."""
+    check(logits, targets, label_smoothing, softcap, reduction)
+    check_labels(targets, logits.shape[1], ignore_index)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = F.log_softmax(z, dim=-1)
+    counts = targets != ignore_index
+    y = torch.where(counts, targets, 0).to(torch.int64)
+    loss = -(1 - label_smoothing) * log_p.gather(1, y[:, None])[:, 0]
+    if label_smoothing:  # guarded, as 0 · −inf of an excluded class would be NaN
+        loss = loss - label_smoothing * log_p.mean(-1)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(z, dim=-1).square()
+    loss = torch.where(counts, loss, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum().clamp(min=1)
+
+
+@jit
+def _capped(x, softcap, SOFTCAP: tl.constexpr):
+    """c · tanh(x / c). Near 0 a series, as (1 − e^−2a) / (1 + e^−2a) would cancel there."""
+    if SOFTCAP:
+        a = tl.abs(x) / softcap
+        e = tl.exp(-2.0 * a)
+        square = a * a
+        series = a * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
+        size = softcap * tl.where(a < 0.3, series, (1.0 - e) / (1.0 + e))
+        return tl.where(x < 0, -size, size)
+    return x
+
+
+@jit
+def _cross_entropy(
+    x_ptr,  # [M, V] logits
+    grad_ptr,  # [M, V] contiguous, may be x itself: a block is read before it is written
+    target_ptr,  # [M] any integer type
+    weight_ptr,  # [M] fp32, or one number with stride 0
+    loss_ptr,  # [M] fp32
+    x_stride,
+    target_stride,
+    weight_stride,
+    V,
+    ignore_index,
+    smoothing,
+    z_loss,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * V overflows int32 from 2^31 logits on
+    x_ptr += row * x_stride
+    y = tl.load(target_ptr + row * target_stride).to(tl.int64)
+    counts = y != ignore_index
+    known = counts & (y >= 0) & (y < V)
+    # Read here, not after the loop: its barriers keep this ahead of the stores, which may overwrite x.
+    z_y = _capped(tl.load(x_ptr + y, known, other=0.0).to(tl.float32), softcap, SOFTCAP)
+
+    m = -float("inf")
+    s = 0.0
+    total = 0.0
+    for start in range(0, tl.where(counts, V, 0), BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        inside = col < V
+        z = _capped(tl.load(x_ptr + col, inside, other=0.0).to(tl.float32), softcap, SOFTCAP)
+        if SMOOTHING:
+            total += tl.sum(tl.where(inside, z, 0.0))
+        z = tl.where(inside, z, -float("inf"))
+        m_new = tl.maximum(m, tl.max(z))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # a block of nothing but −inf: −inf − −inf is NaN
+        s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift))
+        m = m_new
+
+    m, s = tl.where(counts, m, 0.0), tl.where(counts, s, 1.0)  # an ignored row has read nothing: no −inf, no log 0
+    lse = m + tl.log(s)
+    loss = tl.log(s) + (m - z_y)  # lse − z_y, without rounding lse first
+    if SMOOTHING:
+        loss = (1.0 - smoothing) * loss + smoothing * (tl.log(s) + (m - total / V))
+    slope = 1.0
+    if Z_LOSS:
+        loss += z_loss * lse * lse
+        slope = 1.0 + 2.0 * z_loss * lse
+    # A label outside [0, V) makes its row NaN: a GPU cannot raise, and a wrong number would go unnoticed.
+    weight = tl.where(known, tl.load(weight_ptr + row * weight_stride), float("nan"))
+    tl.store(loss_ptr + row, tl.where(counts, loss * weight, 0.0))
+
+    if GRADIENT:
+        grad_ptr += row * V
+        off, on = smoothing / V, 1.0 - smoothing + smoothing / V
+        for start in range(0, V, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            inside = col < V
+            z = _capped(tl.load(x_ptr + col, inside & counts, other=0.0).to(tl.float32), softcap, SOFTCAP)
+            z = tl.where(inside & counts, z, m)  # exp of what is not there must not overflow
+            g = slope * tl.exp(z - m) / s - tl.where(col == y, on, off)
+            if SOFTCAP:
+                g *= 1.0 - (z / softcap) * (z / softcap)
+            tl.store(grad_ptr + col, tl.where(counts, g * weight, 0.0), inside)
+
+
+@jit
+def _scale_rows(x_ptr, factor_ptr, factor_stride, V, BLOCK: tl.constexpr):
+    # Row by row x *= factor, without touching a row whose factor is 1: what loss.backward() sends.
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + row * factor_stride)
+    for start in range(0, tl.where(factor == 1.0, 0, V), BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * V + col, col < V, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row * V + col, x * factor, col < V)
+
+
+def launch(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    losses: Tensor,
+    grad: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> None:
+    """Fill losses [M] fp32 and, unless None, grad [M, V] (contiguous; `logits` itself is allowed) from logits [M, V].
+
+    weight, fp32, [M] or [1], multiplies each row's loss and gradient.
+    """
+    M, V = logits.shape
+    assert logits.stride(1) == 1 and (grad is None or grad.is_contiguous())
+    _cross_entropy[(M,)](
+        logits,
+        losses if grad is None else grad,  # some pointer is needed; without GRADIENT it is not used
+        targets,
+        weight,
+        losses,
+        logits.stride(0),
+        targets.stride(0),
+        _row_stride(weight, M),
+        V,
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        float(softcap or 0.0),
+        SOFTCAP=softcap is not None,
+        SMOOTHING=label_smoothing != 0,
+        Z_LOSS=z_loss != 0,
+        GRADIENT=grad is not None,
+        **tuned("cross_entropy", architecture(logits.device), _shape_class(V), logits.dtype),
+    )
+
+
+@custom_op("minillm::cross_entropy", mutates_args=())
+def _op(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    summed: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """logits [M, V], targets [M], weight [M] or [1] fp32 -> losses [M] or their sum, gradient [M, V] or [0]."""
+    losses, grad = _outputs(logits, gradient)
+    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    out = grad if gradient else None
+    launch(rows, targets, weight, losses, out, ignore_index, label_smoothing, z_loss, softcap)
+    return losses.sum() if summed else losses, grad
+
+
+@custom_op("minillm::scale_rows_", mutates_args=("x",))
+def _scale_rows_op(x: Tensor, factor: Tensor) -> None:
+    """x [M, V] contiguous *= factor, fp32, one per row [M] or one for all []."""
+    M, V = x.shape
+    choice = tuned("scale_rows", architecture(x.device), _shape_class(V), x.dtype)
+    _scale_rows[(M,)](x, factor, _row_stride(factor, M), V, **choice)
+
+
+def _outputs(logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    M, V = logits.shape
+    return logits.new_empty(M, dtype=torch.float32), logits.new_empty((M, V) if gradient else (0,))
+
+
+@_op.register_fake
+def _fake(logits, targets, weight, ignore_index, label_smoothing, z_loss, softcap, summed, gradient):
+    losses, grad = _outputs(logits, gradient)
+    return losses.new_empty(()) if summed else losses, grad
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros [M, V] as the upstream gradient of the gradient
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, upstream: Tensor | None, _: None):
+    if torch.is_grad_enabled():  # create_graph=True: what follows would count as constant, silently
+        raise RuntimeError("cross_entropy on Triton has no second derivative: use cross_entropy_reference")
+    if upstream is None:
+        return (None,) * 9
+    (grad,) = ctx.saved_tensors
+    # The buffer is ours alone, so it is scaled where it lies; not while tracing, nor where the graph is kept for
+    # another backward pass, which needs it as it was.
+    if type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+        _scale_rows_op(grad, upstream)
+    else:
+        grad = (grad * upstream.reshape(-1, 1)).to(grad.dtype)
+    return grad, *[None] * 8
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of logits [M, V] against targets [M] (any integer dtype), in nats: fp32, [] or [M] for "none".
+
+    label_smoothing  e: a share e of the target is spread over all V classes (Szegedy et al. 2016, arXiv:1512.00567),
+                     as in `F.cross_entropy`
+    z_loss           adds z_loss · lse² for each label that counts (ST-MoE, arXiv:2202.08906, equation 5)
+    softcap          c: the loss is that of c · tanh(logits / c), lse included
+    reduction        "none", "sum", or "mean" over the labels other than ignore_index; none counting gives 0
+
+    The gradient is computed here when the logits need one, into memory of its own, of the logits' size and dtype.
+    Raises ValueError for shapes, dtypes or options that make no sense and, on a CPU, for a label outside [0, V);
+    on a GPU such a label makes the loss NaN. fp64 logits take the reference.
+    """
+    options = (label_smoothing, z_loss, softcap)
+    if not runs_triton(logits, targets) or logits.dtype == torch.float64:
+        names = dict(zip(("label_smoothing", "z_loss", "softcap"), options, strict=True))
+        return cross_entropy_reference(logits, targets, ignore_index=ignore_index, reduction=reduction, **names)
+    check(logits, targets, label_smoothing, softcap, reduction)
+    check_labels(targets, logits.shape[1], ignore_index)
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    weight = torch.ones(1, device=logits.device)
+    if reduction != "mean":
+        return _op(logits, targets, weight, ignore_index, *options, reduction == "sum", gradient)[0]
+    count = (targets != ignore_index).sum().clamp(min=1)
+    if logits.dtype == torch.float16:  # a gradient already divided by the count would underflow before loss scaling
+        return _op(logits, targets, weight, ignore_index, *options, True, gradient)[0] / count
+    return _op(logits, targets, weight / count, ignore_index, *options, True, gradient)[0]
+
+
+def check(logits: Tensor, targets: Tensor, label_smoothing: float, softcap: float | None, reduction: str) -> None:
+    """Raise ValueError where shapes, dtypes or options make no sense."""
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or not logits.shape[1]:
+        raise ValueError(
+            f"cross-entropy wants logits [M, V] and targets [M]; it got {list(logits.shape)} and {list(targets.shape)}:"
+            " flatten the leading axes, e.g. logits.flatten(0, -2), targets.flatten()"
+        )
+    if not logits.dtype.is_floating_point or targets.dtype.is_floating_point or targets.dtype in (torch.bool,):
+        raise ValueError(f"cross-entropy wants float logits and integer targets, not {logits.dtype}, {targets.dtype}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie between 0 and 1, not {label_smoothing}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be above 0, or None for no cap, not {softcap}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+
+
+def check_labels(targets: Tensor, V: int, ignore_index: int) -> None:
+    """Raise ValueError naming the first label outside [0, V). On a GPU it would cost a synchronisation: not there."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{at}] is {int(targets[at])}, outside the {V} classes 0 to {V - 1}:"
+            f" labels to leave out must be ignore_index ({ignore_index})"
+        )
+
+
+def _row_stride(x: Tensor, M: int) -> int:
+    """Stride that walks x [M], or stays on its one element."""
+    return x.stride(0) if x.ndim and x.shape[0] == M else 0
+
+
+def _shape_class(V: int) -> str:
+    """v1024, v4096: the row fits into one block of that size; large: it takes several."""
+    return next((f"v{size}" for size in (1024, 4096) if size >= V), "large")
+
+
+def aot_cases(arch: str) -> Iterator[AotCase]:
+    """Every shipped configuration, with all options on and off: registers depend on them."""
+    for key, choice in shipped("cross_entropy", arch).items():
+        for options in (False, True):
+            yield _aot_case(key, dict(choice), options)
+    for key, choice in shipped("scale_rows", arch).items():
+        sizes = {k: v for k, v in choice.items() if k.isupper()}
+        types = {"x_ptr": POINTERS[key.split("/")[1]], "factor_ptr": "*fp32:16", "factor_stride": "i32", "V": "i32:16"}
+        options = {k: v for k, v in choice.items() if k.islower()}
+        yield AotCase(f"scale_rows/{key}", _scale_rows, {**types, **dict.fromkeys(sizes, "constexpr")}, sizes, options)
+
+
+def _aot_case(key: str, choice: dict[str, int], options: bool) -> AotCase:
+    pointer = POINTERS[key.split("/")[1]]
+    flags = {
+        "SOFTCAP": options,
+        "SMOOTHING": options,
+        "Z_LOSS": options,
+        "GRADIENT": True,
+        "BLOCK": choice.pop("BLOCK"),
+    }
+    signature = {
+        "x_ptr": pointer,
+        "grad_ptr": pointer,
+        "target_ptr": "*i64:16",
+        "weight_ptr": "*fp32:16",
+        "loss_ptr": "*fp32:16",
+        "x_stride": "i32:16",
+        "target_stride": "i32",
+        "weight_stride": "i32",
+        "V": "i32:16",
+        "ignore_index": "i32",
+        "smoothing": "fp32",
+        "z_loss": "fp32",
+        "softcap": "fp32",
+        **dict.fromkeys(flags, "constexpr"),
+    }
+    return AotCase(f"cross_entropy/{key}/{'options' if options else 'plain'}", _cross_entropy, signature, flags, choice)
