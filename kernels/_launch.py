@@ -46,8 +46,13 @@ POINTERS = {"float32": "*fp32:16", "float16": "*fp16:16", "bfloat16": "*bf16:16"
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether these tensors go through Triton: on a GPU, or on the CPU under Triton's interpreter."""
-    return triton is not None and all(t.is_cuda or (INTERPRETED and t.device.type == "cpu") for t in tensors)
+    """Whether these tensors go through Triton: on a GPU, or on the CPU under Triton's interpreter.
+
+    fp64 never does: the kernels' statistics and accumulators are fp32, and only the reference keeps what fp64 promises.
+    """
+    return triton is not None and all(
+        (t.is_cuda or (INTERPRETED and t.device.type == "cpu")) and t.dtype != torch.float64 for t in tensors
+    )
 
 
 @cache
