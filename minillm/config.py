@@ -397,7 +397,7 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` asks, where JSON and TOML know fewer types than Python."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where + ".")
     options = typing.get_args(hint)
     if isinstance(hint, types.UnionType):

@@ -5,6 +5,7 @@ D head width. Heads are laid out [B, H, T, D] from the projections to the output
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -36,7 +37,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+        y: Tensor = ops.rms_norm(x, self.weight, eps=self.eps)  # type: ignore[assignment]  # no residual, no pair
+        return y
 
 
 class Attention(nn.Module):
@@ -99,7 +101,7 @@ class SelfAttention(Attention):
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cache: KVCache) -> Tensor:
         k, v = cache.write(self.layer, k, v)  # keys go in rotated: a cached key never needs its position again
-        options = dict(window=self.window, softcap=self.softcap, slopes=slopes)
+        options: dict[str, Any] = dict(window=self.window, softcap=self.softcap, slopes=slopes)
         if not cache.ragged:  # rows of one length: the last query stands on the last key, no lengths are needed
             return ops.attention(q, k, v, causal=True, **options)
         if q.shape[2] == 1:
@@ -112,11 +114,12 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]"""
-        assert view.memory is not None
+        memory = view.memory
+        assert memory is not None
         if view.cache is None:
-            k, v = self._keys_and_values(view.memory)
+            k, v = self._keys_and_values(memory)
         else:
-            k, v = view.cache.once(self.layer, lambda: self._keys_and_values(view.memory))
+            k, v = view.cache.once(self.layer, lambda: self._keys_and_values(memory))
         segments = None
         if view.memory_segments is not None:
             mine = view.segments if view.segments is not None else view.memory_segments.new_zeros(x.shape[:2])

@@ -31,8 +31,9 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=_embedding_std(config))
-    if model.head.weight is not None:
-        nn.init.normal_(model.head.weight, std=_embedding_std(config))
+    output = model.get_submodule("head").weight
+    if isinstance(output, nn.Parameter):  # untied
+        nn.init.normal_(output, std=_embedding_std(config))
 
 
 def _embedding_std(config: ModelConfig) -> float:

@@ -64,6 +64,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        assert config.vocab_size is not None  # Transformer has asked
         self.softcap = config.softcap
         self.dense = nn.Linear(config.dim, config.dim) if config.output_transform else None
         if config.output_transform:
