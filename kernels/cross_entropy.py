@@ -22,7 +22,6 @@ M rows (tokens), V classes (vocabulary), y labels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -30,9 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from ._labels import check, check_labels
 from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, tuned
-
-REDUCTIONS = ("none", "sum", "mean")
 
 
 def cross_entropy_reference(
@@ -46,7 +44,7 @@ def cross_entropy_reference(
     reduction: str = "mean",
 ) -> Tensor:
     """The definition, in at least fp32; in fp64 it is what the tests trust. See `cross_entropy`."""
-    check(logits, targets, label_smoothing, softcap, reduction)
+    check(logits.shape, logits.dtype, targets, label_smoothing, softcap, reduction)
     check_labels(targets, logits.shape[1], ignore_index)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
@@ -80,25 +78,11 @@ def _capped(x, softcap, SOFTCAP: tl.constexpr):
 
 @jit
 def _cross_entropy(
-    x_ptr,  # [M, V] logits
-    grad_ptr,  # [M, V] contiguous, may be x itself: a block is read before it is written
-    target_ptr,  # [M] any integer type
-    weight_ptr,  # [M] fp32, or one number with stride 0
-    loss_ptr,  # [M] fp32
-    x_stride,
-    target_stride,
-    weight_stride,
-    V,
-    ignore_index,
-    smoothing,
-    z_loss,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, grad_ptr,  # [M, V] logits and their gradient, which may be the same: a block is read before it is written
+    target_ptr, weight_ptr, loss_ptr,  # [M] integers, [M] fp32 or one number with stride 0, [M] fp32
+    x_stride, grad_stride, target_stride, weight_stride, V, ignore_index, smoothing, z_loss, softcap,
+    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row * V overflows int32 from 2^31 logits on
     x_ptr += row * x_stride
     y = tl.load(target_ptr + row * target_stride).to(tl.int64)
@@ -136,14 +120,14 @@ def _cross_entropy(
     tl.store(loss_ptr + row, tl.where(counts, loss * weight, 0.0))
 
     if GRADIENT:
-        grad_ptr += row * V
+        grad_ptr += row * grad_stride
         off, on = smoothing / V, 1.0 - smoothing + smoothing / V
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
             inside = col < V
             z = _capped(tl.load(x_ptr + col, inside & counts, other=0.0).to(tl.float32), softcap, SOFTCAP)
             z = tl.where(inside & counts, z, m)  # exp of what is not there must not overflow
-            g = slope * tl.exp(z - m) / s - tl.where(col == y, on, off)
+            g = tl.exp(z - m) * (slope / s) - tl.where(col == y, on, off)
             if SOFTCAP:
                 g *= 1.0 - (z / softcap) * (z / softcap)
             tl.store(grad_ptr + col, tl.where(counts, g * weight, 0.0), inside)
@@ -161,56 +145,30 @@ def _scale_rows(x_ptr, factor_ptr, factor_stride, V, BLOCK: tl.constexpr):
 
 
 def launch(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    losses: Tensor,
-    grad: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-) -> None:
-    """Fill losses [M] fp32 and, unless None, grad [M, V] (contiguous; `logits` itself is allowed) from logits [M, V].
+    logits: Tensor, targets: Tensor, weight: Tensor, losses: Tensor, grad: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
+) -> None:  # fmt: skip
+    """Fill losses [M] fp32 and, unless None, grad [M, V] (`logits` itself is allowed) from logits [M, V].
 
-    weight, fp32, [M] or [1], multiplies each row's loss and gradient.
+    weight, fp32, [M] or [1], multiplies each row's loss and gradient. Rows of logits and grad are contiguous in V.
     """
     M, V = logits.shape
-    assert logits.stride(1) == 1 and (grad is None or grad.is_contiguous())
+    out = losses if grad is None else grad  # some pointer is needed; without GRADIENT it is not used
+    assert logits.stride(1) == 1 and (grad is None or grad.stride(1) == 1)
     _cross_entropy[(M,)](
-        logits,
-        losses if grad is None else grad,  # some pointer is needed; without GRADIENT it is not used
-        targets,
-        weight,
-        losses,
-        logits.stride(0),
-        targets.stride(0),
-        _row_stride(weight, M),
-        V,
-        ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        float(softcap or 0.0),
-        SOFTCAP=softcap is not None,
-        SMOOTHING=label_smoothing != 0,
-        Z_LOSS=z_loss != 0,
-        GRADIENT=grad is not None,
+        logits, out, targets, weight, losses,
+        logits.stride(0), out.stride(0), targets.stride(0), _row_stride(weight, M), V,
+        ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0),
+        SOFTCAP=softcap is not None, SMOOTHING=label_smoothing != 0, Z_LOSS=z_loss != 0, GRADIENT=grad is not None,
         **tuned("cross_entropy", architecture(logits.device), _shape_class(V), logits.dtype),
-    )
+    )  # fmt: skip
 
 
 @custom_op("minillm::cross_entropy", mutates_args=())
 def _op(
-    logits: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    summed: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, weight: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, summed: bool, gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """logits [M, V], targets [M], weight [M] or [1] fp32 -> losses [M] or their sum, gradient [M, V] or [0]."""
     losses, grad = _outputs(logits, gradient)
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -249,14 +207,19 @@ def _backward(ctx, upstream: Tensor | None, _: None):
         raise RuntimeError("cross_entropy on Triton has no second derivative: use cross_entropy_reference")
     if upstream is None:
         return (None,) * 9
-    (grad,) = ctx.saved_tensors
-    # The buffer is ours alone, so it is scaled where it lies; not while tracing, nor where the graph is kept for
-    # another backward pass, which needs it as it was.
+    return scaled(*ctx.saved_tensors, upstream), *[None] * 8
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """A saved gradient [M, N] times factor, fp32 [M] or []; for use in a backward pass alone.
+
+    The saved tensor is nobody else's, so it is scaled where it lies; not while tracing, nor where the graph is kept
+    for another backward pass, which needs it as it was.
+    """
     if type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
-        _scale_rows_op(grad, upstream)
-    else:
-        grad = (grad * upstream.reshape(-1, 1)).to(grad.dtype)
-    return grad, *[None] * 8
+        _scale_rows_op(grad, factor)
+        return grad
+    return (grad * factor.reshape(-1, 1)).to(grad.dtype)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -288,7 +251,7 @@ def cross_entropy(
     if not runs_triton(logits, targets) or logits.dtype == torch.float64:
         names = dict(zip(("label_smoothing", "z_loss", "softcap"), options, strict=True))
         return cross_entropy_reference(logits, targets, ignore_index=ignore_index, reduction=reduction, **names)
-    check(logits, targets, label_smoothing, softcap, reduction)
+    check(logits.shape, logits.dtype, targets, label_smoothing, softcap, reduction)
     check_labels(targets, logits.shape[1], ignore_index)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     weight = torch.ones(1, device=logits.device)
@@ -298,36 +261,6 @@ def cross_entropy(
     if logits.dtype == torch.float16:  # a gradient already divided by the count would underflow before loss scaling
         return _op(logits, targets, weight, ignore_index, *options, True, gradient)[0] / count
     return _op(logits, targets, weight / count, ignore_index, *options, True, gradient)[0]
-
-
-def check(logits: Tensor, targets: Tensor, label_smoothing: float, softcap: float | None, reduction: str) -> None:
-    """Raise ValueError where shapes, dtypes or options make no sense."""
-    if logits.ndim != 2 or targets.shape != logits.shape[:1] or not logits.shape[1]:
-        raise ValueError(
-            f"cross-entropy wants logits [M, V] and targets [M]; it got {list(logits.shape)} and {list(targets.shape)}:"
-            " flatten the leading axes, e.g. logits.flatten(0, -2), targets.flatten()"
-        )
-    if not logits.dtype.is_floating_point or targets.dtype.is_floating_point or targets.dtype in (torch.bool,):
-        raise ValueError(f"cross-entropy wants float logits and integer targets, not {logits.dtype}, {targets.dtype}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie between 0 and 1, not {label_smoothing}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be above 0, or None for no cap, not {softcap}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-
-
-def check_labels(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Raise ValueError naming the first label outside [0, V). On a GPU it would cost a synchronisation: not there."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"targets[{at}] is {int(targets[at])}, outside the {V} classes 0 to {V - 1}:"
-            f" labels to leave out must be ignore_index ({ignore_index})"
-        )
 
 
 def _row_stride(x: Tensor, M: int) -> int:
@@ -361,20 +294,13 @@ def _aot_case(key: str, choice: dict[str, int], options: bool) -> AotCase:
         "GRADIENT": True,
         "BLOCK": choice.pop("BLOCK"),
     }
+    names = ("x_ptr", "grad_ptr", "target_ptr", "weight_ptr", "loss_ptr")
+    strides = ("x_stride", "grad_stride", "target_stride", "weight_stride")
+    numbers = {"V": "i32:16", "ignore_index": "i32", "smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32"}
     signature = {
-        "x_ptr": pointer,
-        "grad_ptr": pointer,
-        "target_ptr": "*i64:16",
-        "weight_ptr": "*fp32:16",
-        "loss_ptr": "*fp32:16",
-        "x_stride": "i32:16",
-        "target_stride": "i32",
-        "weight_stride": "i32",
-        "V": "i32:16",
-        "ignore_index": "i32",
-        "smoothing": "fp32",
-        "z_loss": "fp32",
-        "softcap": "fp32",
+        **dict(zip(names, (pointer, pointer, "*i64:16", "*fp32:16", "*fp32:16"), strict=True)),
+        **dict(zip(strides, ("i32:16", "i32:16", "i32", "i32"), strict=True)),
+        **numbers,
         **dict.fromkeys(flags, "constexpr"),
     }
     return AotCase(f"cross_entropy/{key}/{'options' if options else 'plain'}", _cross_entropy, signature, flags, choice)
