@@ -29,6 +29,12 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _check_types(config: Any, section: str = "") -> None:
+    """Settings made in Python are held to what `from_dict` asks of a file: types, names of variants, finite numbers."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        _convert(hint, getattr(config, name), section + name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Who looks at whom, and how the scores are made."""
@@ -43,7 +49,11 @@ class AttentionConfig:
     """Scores become softcap · tanh(score / softcap) (Gemma 2)."""
 
     def __post_init__(self) -> None:
-        _require(self.window is None or self.window >= 1, f"attention.window must be at least 1, not {self.window}")
+        _check_types(self, "attention.")
+        _require(
+            self.window is None or 1 <= self.window < 2**31,
+            f"attention.window must be between 1 and 2³¹, not {self.window}",
+        )
         _require(self.softcap is None or self.softcap > 0, f"attention.softcap must be positive, not {self.softcap}")
 
 
@@ -61,8 +71,10 @@ class MLPConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self, "mlp.")
         _require(
-            self.hidden_dim is None or self.hidden_dim >= 1, f"mlp.hidden_dim must be at least 1, not {self.hidden_dim}"
+            self.hidden_dim is None or 1 <= self.hidden_dim < 2**31,
+            f"mlp.hidden_dim must be between 1 and 2³¹, not {self.hidden_dim}",
         )
 
     @property
@@ -86,8 +98,10 @@ class PositionConfig:
     high_frequency_factor: float = 4.0
 
     def __post_init__(self) -> None:
+        _check_types(self, "position.")
         _require(self.theta > 0, f"position.theta must be positive, not {self.theta}")
         _require(self.scaling_factor > 0, f"position.scaling_factor must be positive, not {self.scaling_factor}")
+        _require(self.original_context >= 1, f"position.original_context must be positive, not {self.original_context}")
         _require(
             self.high_frequency_factor > self.low_frequency_factor,
             "position.high_frequency_factor must be above position.low_frequency_factor",
@@ -108,6 +122,7 @@ class NormConfig:
     """Also a norm directly on the embeddings (BERT, BART)."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "norm.")
         _require(self.eps > 0, f"norm.eps must be positive, not {self.eps}")
         _require(not (self.bias and self.kind == "rms"), "norm.bias needs norm.kind=layer: RMSNorm has no bias")
 
@@ -155,7 +170,11 @@ class ModelConfig:
     norm: NormConfig = field(default_factory=NormConfig)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "decoder_layers", "heads", "kv_heads", "head_dim", "dim", "context", "vocab_size"):
+        _check_types(self, "model.")
+        for name in ("layers", "decoder_layers"):  # each is a module: a damaged number would take hours to build
+            value = getattr(self, name)
+            _require(value is None or 1 <= value <= 4096, f"model.{name} must be between 1 and 4096, not {value}")
+        for name in ("heads", "kv_heads", "head_dim", "dim", "context", "vocab_size"):
             value = getattr(self, name)
             _require(value is None or 1 <= value < 2**31, f"model.{name} must be between 1 and 2³¹, not {value}")
         _require(
@@ -177,7 +196,7 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), not {self.dropout}")
         _require(self.softcap is None or self.softcap > 0, f"model.softcap must be positive, not {self.softcap}")
         _require(self.init_std > 0, f"model.init_std must be positive, not {self.init_std}")
-        _require(self.token_types >= 0, f"model.token_types must not be negative, not {self.token_types}")
+        _require(0 <= self.token_types < 2**31, f"model.token_types must be between 0 and 2³¹, not {self.token_types}")
         _require(
             self.decoder_layers is None or self.shape == "encoder-decoder",
             f"model.decoder_layers needs model.shape=encoder-decoder, not {self.shape}",
@@ -212,6 +231,7 @@ class TokenizerConfig:
     """Folder of a tokenizer to use as it is. None: train one on the training text."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "tokenizer.")
         _require(self.vocab_size >= 1, f"tokenizer.vocab_size must be positive, not {self.vocab_size}")
 
 
@@ -233,6 +253,7 @@ class DataConfig:
     """Processes that tokenize. None: as many as there are cores."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "data.")
         _require(0 < self.validation < 1, f"data.validation must be in (0, 1), not {self.validation}")
         _require(0 < self.mask_rate < 1, f"data.mask_rate must be in (0, 1), not {self.mask_rate}")
         _require(self.span_length >= 1, f"data.span_length must be at least 1, not {self.span_length}")
@@ -269,6 +290,7 @@ class OptimConfig:
     """Where the rate ends, as a share of its peak."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "optim.")
         for name in ("lr", "muon_lr", "eps"):
             _require(0 < getattr(self, name) < math.inf, f"optim.{name} must be positive, not {getattr(self, name)}")
         for name in ("weight_decay", "l1", "l2"):
@@ -308,9 +330,11 @@ class TrainConfig:
     sample_tokens: int = 160
 
     def __post_init__(self) -> None:
+        _check_types(self, "train.")
         for name in ("batch", "micro_batch", "eval_every", "save_every", "log_every", "keep", "patience", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} must be at least 1, not {value}")
+        _require(self.sample_tokens >= 0, f"train.sample_tokens must not be negative, not {self.sample_tokens}")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), not {self.label_smoothing}")
         _require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")
 
@@ -343,6 +367,8 @@ class Settings:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         _require(self.minutes is None or 0 < self.minutes < math.inf, f"minutes must be positive, not {self.minutes}")
         fits = {"decoder": "next-token", "encoder": "masked", "encoder-decoder": "span"}[self.model.shape]
@@ -386,34 +412,43 @@ def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     Raises `UserError` that names the field for an unknown name, a value of the wrong type or a bad combination.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or cls.__name__} must be a table of settings, not {_show(values)}")
+        raise UserError(f"{where.rstrip('.') or cls.__name__} must be a table of settings, not {_show(values)}")
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1)
-            raise UserError(f"unknown setting {where}{name}" + (f"; did you mean {where}{near[0]}?" if near else ""))
+            near = difflib.get_close_matches(name, hints, n=1) if isinstance(name, str) else []
+            shown = name if isinstance(name, str) and name.isprintable() and len(name) <= 40 else _show(name)
+            raise UserError(f"unknown setting {where}{shown}" + (f"; did you mean {where}{near[0]}?" if near else ""))
     return cls(**{name: _convert(hints[name], value, where + name) for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` asks, where JSON and TOML know fewer types than Python."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
         return from_dict(hint, value, where + ".")
     options = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # int | None; Literal[…] | None makes the second
         if value is None and type(None) in options:
             return None
         return _convert(next(option for option in options if option is not type(None)), value, where)
     if typing.get_origin(hint) is Literal:
         _require(value in options, f"{where} must be one of {', '.join(map(str, options))}, not {_show(value)}")
         return value
-    if hint is float and type(value) is int:
-        return float(value)
+    if type(value) is int:
+        _require(abs(value) < 2**63, f"{where} must be below 2⁶³, not {_show(value)}")
+        value = float(value) if hint is float else value
     _require(type(value) is hint, f"{where} must be of type {hint.__name__}, not {_show(value)}")
     _require(hint is not float or math.isfinite(value), f"{where} must be finite, not {value}")
     return value
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:40] + "…"
+    """A value in a few characters, however long it is; what may be nested without end is not looked into."""
+    if isinstance(value, list | tuple | Mapping):
+        return f"a {type(value).__name__}"
+    if type(value) is int and abs(value) >= 2**63:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value[:40] if isinstance(value, str) else value)
+    return text if len(text) <= 42 else text[:42] + "…"
