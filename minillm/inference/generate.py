@@ -33,6 +33,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     seed: int = 0,
+    first_row: int = 0,
     sources: Sequence[Sequence[int]] | None = None,
     stop_ids: Collection[int] = (),
     banned_ids: Collection[int] = (),
@@ -47,6 +48,7 @@ def generate(
             encoder-decoder what its decoder begins with.
         sampling: None: `Sampling()`, which draws from the model's own distribution.
         seed: with the row's number it makes the row's random stream.
+        first_row: number of the first row, where a longer list is generated in parts.
         sources: the encoder's ids a row, of an encoder-decoder.
         stop_ids: a row ends where one of these comes; it is not part of the result.
         banned_ids: never come (padding, masks, …).
@@ -66,7 +68,7 @@ def generate(
     device, V = model.embedding.weight.device, model.embedding.num_embeddings
     banned = torch.tensor([i for i in set(banned_ids) if 0 <= i < V], dtype=torch.long, device=device)
     texts = [list(prompt) for prompt in prompts]
-    generators = [row_generator(seed, row) for row in range(len(texts))]
+    generators = [row_generator(seed, first_row + row) for row in range(len(texts))]
     seen = _seen(texts, V, device) if sampling.repetition_penalty != 1.0 else None
 
     with _evaluating(model), torch.no_grad():

@@ -111,6 +111,7 @@ def test_a_row_does_not_depend_on_the_others_and_the_seed_decides() -> None:
     assert generate(model, RAGGED, max_new_tokens=16, sampling=sampling, seed=6) != together
     assert generate(model, RAGGED[:1], max_new_tokens=16, sampling=sampling, seed=5) == together[:1]
     assert generate(model, [RAGGED[0], [9] * 12, [1]], max_new_tokens=16, sampling=sampling, seed=5)[0] == together[0]
+    assert generate(model, RAGGED[1:], max_new_tokens=16, sampling=sampling, seed=5, first_row=1) == together[1:]
     twins = generate(model, [[1, 2]] * 2, max_new_tokens=16, sampling=sampling, seed=5)
     assert twins[0] != twins[1]
 

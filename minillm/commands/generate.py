@@ -1,0 +1,211 @@
+"""`minillm generate MODEL`: continues prompts; text to stdout, the speed to stderr."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from minillm.config import UserError
+from minillm.inference.generate import generate
+from minillm.inference.sampling import Sampling
+from minillm.inference.stream import TextStream, stop_and_banned
+from minillm.loading import load
+from minillm.model.transformer import Transformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Args:
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder, or a folder in Hugging Face's format."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What is continued (of an encoder-decoder: what its encoder reads); may be given several times."""
+    input: Path | None = None
+    """A file of prompts instead: .txt with one a line, or .jsonl with "prompt", "text" or "source"."""
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    """0 is greedy: always the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens."""
+    top_p: float | None = None
+    """Only the fewest likeliest tokens that together reach p."""
+    min_p: float | None = None
+    """Only tokens at least so many times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that are already in the text become less likely."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The text ends before this string; may be given several times."""
+    seed: int = 0
+    num: int = 1
+    """Texts for each prompt."""
+    batch: int = 32
+    """Texts that are generated side by side."""
+    json: bool = False
+    """One JSON object a line: prompt, text (without the prompt), tokens, ended (end | stop | length)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of weights and cache. auto: bf16 on a GPU that has it, else fp32."""
+    cache: Annotated[bool, tyro.conf.arg(help="Keep keys and values; --no-cache reads everything anew each time.")] = (
+        True
+    )
+
+
+def main(argv: list[str]) -> int:
+    args = tyro.cli(Args, prog="minillm generate", description=__doc__, args=argv)
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    for name in ("num", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    prompts = [prompt for prompt in _prompts(args) for _ in range(args.num)]
+    streams_live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
+    model, tokenizer = load(args.model)
+    model = _place(model, args.device, args.dtype)
+    _warn_of_long_prompts(prompts, model, tokenizer)
+
+    tokens, start = 0, time.perf_counter()
+    for first in range(0, len(prompts), args.batch):
+        part = prompts[first : first + args.batch]
+        texts = _continue(model, tokenizer, part, args, sampling, first, streams_live)
+        tokens += sum(text.tokens for text in texts)
+        for row, text in enumerate(texts, first):
+            _print(text, row, args, alone=len(prompts) == 1, shown_already=streams_live)
+    print(_speed(tokens, time.perf_counter() - start, model, args.cache), file=sys.stderr)
+    return 0
+
+
+@dataclass
+class Text:
+    """What came of one prompt."""
+
+    prompt: str
+    shown_prompt: str  # "" where the prompt is read by an encoder: the text is an answer, no continuation
+    stream: TextStream
+    tokens: int = 0
+    ended: str = "end"
+
+
+def _continue(
+    model: Transformer,
+    tokenizer: Any,
+    prompts: list[str],
+    args: Args,
+    sampling: Sampling,
+    first_row: int,
+    streams_live: bool,
+) -> list[Text]:
+    reads_source = model.config.shape == "encoder-decoder"
+    texts = [Text(prompt, "" if reads_source else prompt, TextStream(tokenizer, args.stop)) for prompt in prompts]
+    stops, banned = stop_and_banned(tokenizer, model.config)
+    begin = [tokenizer.document_id]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+
+    def on_token(row: int, token: int) -> bool:
+        text = texts[row]
+        text.tokens += 1
+        piece = text.stream.push(token)
+        if streams_live:
+            print(piece, end="", flush=True)
+        return text.stream.stopped
+
+    if streams_live:
+        print(texts[0].shown_prompt, end="", flush=True)
+    generate(
+        model,
+        [begin if reads_source else begin + ids for ids in encoded],
+        sources=[ids or begin for ids in encoded] if reads_source else None,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        seed=args.seed,
+        first_row=first_row,
+        stop_ids=stops,
+        banned_ids=banned,
+        on_token=on_token,
+        use_cache=args.cache,
+    )
+    for text in texts:
+        rest = text.stream.flush()
+        if streams_live:
+            print(rest, flush=True)
+        text.ended = "stop" if text.stream.stopped else "length" if text.tokens == args.max_new_tokens else "end"
+    return texts
+
+
+def _print(text: Text, row: int, args: Args, *, alone: bool, shown_already: bool) -> None:
+    if args.json:
+        result = {"prompt": text.prompt, "text": text.stream.text, "tokens": text.tokens, "ended": text.ended}
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    elif not shown_already:
+        if not alone:
+            print(f"--- prompt {row // args.num + 1}, text {row % args.num + 1} ---")
+        print(text.shown_prompt + text.stream.text, flush=True)
+
+
+def _speed(tokens: int, seconds: float, model: Transformer, cache: bool) -> str:
+    weight = model.embedding.weight
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == weight.dtype)
+    how = f"{weight.device.type}, {dtype}, {'KV cache' if cache else 'no cache'}"
+    return f"{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s ({how})"
+
+
+def _prompts(args: Args) -> list[str]:
+    """From --prompt or from --input. Raises `UserError` where neither or both are given, or the file does not fit."""
+    if bool(args.prompt) == (args.input is not None):
+        raise UserError("give what is to be continued: either --prompt TEXT (several times if need be) or --input FILE")
+    if args.input is None:
+        return list(args.prompt)
+    content = args.input.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{args.input} is not UTF-8 at byte {error.start}: convert it, or name another file") from None
+    # `str.splitlines` would cut at U+2028 and seven more, which may stand inside a prompt or a JSON string.
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{args.input} is empty: give one prompt a line")
+    if args.input.suffix == ".jsonl":
+        return [_prompt_of(line, f"{args.input}:{number}") for number, line in lines]
+    return [line for _, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    for key in ("prompt", "text", "source"):
+        if isinstance(value, dict) and isinstance(value.get(key), str):
+            return value[key]
+    raise UserError(f'{where} has no text under "prompt", "text" or "source"')
+
+
+def _warn_of_long_prompts(prompts: list[str], model: Transformer, tokenizer: Any) -> None:
+    context = model.config.context
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts) + 1
+    if longest > context and model.config.shape == "decoder":
+        print(
+            f"warning: a prompt has {longest} tokens, the model's context {context}: only its end is read",
+            file=sys.stderr,
+        )
+
+
+def _place(model: Transformer, device: str, dtype: str) -> Transformer:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if not available[device]:
+        raise UserError(f"--device {device}: this machine has none; take --device auto or cpu")
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return model.to(device, DTYPES[dtype])

@@ -1,0 +1,142 @@
+"""`minillm generate`: what is printed where, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenizer as tokenizers
+from minillm.commands import generate as command
+from minillm.config import ModelConfig, UserError
+from minillm.model.transformer import Transformer
+
+TEXT = "the quick brown fox jumps over the lazy dog, 0123456789.\n" * 3
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch: pytest.MonkeyPatch):
+    """A tiny model with random weights in the place of MODEL; `shape` can be changed by the test."""
+    tokenizer = tokenizers.train([TEXT], type="char", vocab_size=64)
+
+    def make(shape: str = "decoder") -> Transformer:
+        torch.manual_seed(0)
+        config = ModelConfig(
+            shape=shape, layers=2, heads=2, dim=32, context=32, vocab_size=tokenizer.vocab_size, init_std=0.3
+        )
+        model = Transformer(config)
+        monkeypatch.setattr(command, "load", lambda path: (model, tokenizer))
+        return model
+
+    make()
+    return make
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, str]:
+    assert command.main(["some-model", *argv, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def objects(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_the_text_goes_to_stdout_and_the_speed_to_stderr(capsys) -> None:
+    out, err = run(capsys, "--prompt", "the quick", "--max-new-tokens", "10", "--temperature", "0")
+    assert out.startswith("the quick") and out.endswith("\n")
+    assert err.startswith("10 tokens in ") and err.endswith("tokens/s (cpu, fp32, KV cache)\n")
+    result = objects(run(capsys, "--prompt", "the quick", "--max-new-tokens", "10", "--temperature", "0", "--json")[0])
+    assert result == [
+        {"prompt": "the quick", "text": out.removeprefix("the quick")[:-1], "tokens": 10, "ended": "length"}
+    ]
+
+
+def test_a_seed_gives_a_text_whatever_the_batch_and_the_cache(capsys, tmp_path: Path) -> None:
+    argv = ["--prompt", "the", "--prompt", "lazy dog", "--num", "2", "--max-new-tokens", "12", "--seed", "7", "--json"]
+    texts = objects(run(capsys, *argv)[0])
+    assert [text["prompt"] for text in texts] == ["the", "the", "lazy dog", "lazy dog"]
+    assert len({text["text"] for text in texts}) == 4
+    assert objects(run(capsys, *argv, "--batch", "3")[0]) == texts
+    assert objects(run(capsys, *argv, "--no-cache")[0]) == texts
+    assert objects(run(capsys, *argv, "--seed", "8")[0]) != texts
+    plain = run(capsys, *[argument for argument in argv if argument != "--json"])[0]
+    assert plain.startswith(f"--- prompt 1, text 1 ---\nthe{texts[0]['text']}\n--- prompt 1, text 2 ---\n")
+
+
+def test_a_stop_string_ends_the_text_before_it(capsys) -> None:
+    argv = ["--prompt", "the", "--temperature", "0", "--max-new-tokens", "20", "--json"]
+    full = objects(run(capsys, *argv)[0])[0]["text"]
+    stop = full[4:7]
+    (cut,) = objects(run(capsys, *argv, "--stop", "\x00", "--stop", stop)[0])
+    assert cut["text"] == full[: full.index(stop)] and cut["ended"] == "stop"
+
+
+def test_prompts_come_from_a_file(capsys, tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("the fox\n\nlazy\r\n", encoding="utf-8")
+    argv = ["--max-new-tokens", "3", "--json"]
+    texts = objects(run(capsys, "--input", str(lines), *argv)[0])
+    assert [text["prompt"] for text in texts] == ["the fox", "lazy"]
+    values = tmp_path / "prompts.jsonl"
+    values.write_text('{"prompt": "the fox"}\n{"text": "lazy", "label": 3}\n', encoding="utf-8")
+    assert objects(run(capsys, "--input", str(values), *argv)[0]) == texts
+
+
+def test_one_prompt_streams_to_a_terminal(capsys, monkeypatch) -> None:
+    argv = ["--prompt", "the", "--max-new-tokens", "9"]
+    whole = run(capsys, *argv)[0]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    pieces: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda *values, end="\n", **_: pieces.append(" ".join(values) + end))
+    command.main(["some-model", *argv, "--device", "cpu"])
+    assert "".join(pieces[:-1]) == whole
+    assert len(pieces) == 1 + 9 + 2  # the prompt, each token, the end of the line and the speed
+
+
+def test_an_encoder_decoder_reads_the_prompt_as_its_source(capsys, loaded) -> None:
+    loaded("encoder-decoder")
+    one, other = (
+        run(capsys, "--prompt", text, "--max-new-tokens", "8", "--temperature", "0")[0]
+        for text in ("the quick", "lazy")
+    )
+    assert one != other
+    assert not one.startswith("the quick"), "its text is an answer, no continuation"
+
+
+def test_a_prompt_beyond_the_context_is_announced(capsys) -> None:
+    assert (
+        "a prompt has 41 tokens, the model's context 32"
+        in run(capsys, "--prompt", "x" * 40, "--max-new-tokens", "1")[1]
+    )
+    assert "warning" not in run(capsys, "--prompt", "x" * 31, "--max-new-tokens", "1")[1]
+
+
+def test_bad_input_is_refused_in_one_line(capsys, tmp_path: Path, loaded) -> None:
+    empty, latin, broken, keyless = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl"))
+    empty.write_text("\n\n")
+    latin.write_bytes("the café".encode("latin-1"))
+    broken.write_text('{"text": "the"}\n{"text"\n')
+    keyless.write_text('{"prompts": "the"}\n')
+    for argv, message in [
+        ([], "either --prompt TEXT"),
+        (["--prompt", "the", "--input", str(empty)], "either --prompt TEXT"),
+        (["--prompt", "the", "--temperature", "-1"], "temperature must be 0 .greedy. or a positive number, not -1.0"),
+        (["--prompt", "the", "--top-k", "0"], "top_k must be at least 1, not 0"),
+        (["--prompt", "the", "--num", "0"], "--num must be at least 1, not 0"),
+        (["--prompt", "the", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, not 0"),
+        (["--prompt", "the", "--stop", ""], "a stop string must not be empty"),
+        (["--input", str(empty)], "a.txt is empty"),
+        (["--input", str(latin)], "b.txt is not UTF-8 at byte 7"),
+        (["--input", str(broken)], "c.jsonl:2 is not JSON"),
+        (["--input", str(keyless)], "d.jsonl:1 has no text under"),
+    ]:
+        with pytest.raises(UserError, match=message) as raised:
+            run(capsys, *argv)
+        assert "\n" not in str(raised.value)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: this machine has none"):
+            command.main(["some-model", "--prompt", "the", "--device", "cuda"])
+    loaded("encoder")
+    with pytest.raises(UserError, match="an encoder: it cannot generate"):
+        run(capsys, "--prompt", "the")
