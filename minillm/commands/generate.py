@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -51,9 +51,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of weights and cache. auto: bf16 on a GPU that has it, else fp32."""
-    cache: Annotated[bool, tyro.conf.arg(help="Keep keys and values; --no-cache reads everything anew each time.")] = (
-        True
-    )
+    cache: bool = True
+    """Keep keys and values; without, everything is read anew for each token."""
 
 
 def main(argv: list[str]) -> int:
