@@ -52,15 +52,16 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     manifest = _read(folder / NAME)
     for name, expected in manifest["files"].items():
-        path = _inside(folder, name)
+        path = folder / name
         try:
+            _check_inside(folder, name)
+            if not path.is_file():
+                raise DamagedFile(f"{path} is missing, and {NAME} lists it")
             size = path.stat().st_size
             if size != expected["bytes"]:
                 raise DamagedFile(f"{path} is damaged: it has {size} bytes, and {expected['bytes']} were written")
             if _hash_file(path) != expected["sha256"]:
                 raise DamagedFile(f"{path} is damaged: its content is not what was written (SHA-256)")
-        except FileNotFoundError:
-            raise DamagedFile(f"{path} is missing, and {NAME} lists it") from None
         except OSError as error:
             raise DamagedFile(f"{path} cannot be read: {error.strerror}") from None
     return manifest
@@ -92,15 +93,12 @@ def _read(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file of that name, which must lie in `folder` itself: no .., no absolute path, no link on the way."""
-    parts = PurePosixPath(name).parts
-    path = folder.joinpath(*parts)
-    plain = bool(parts) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\0" not in name
-    steps = [folder.joinpath(*parts[: i + 1]) for i in range(len(parts))] if plain else []
-    if not plain or any(step.is_symlink() for step in steps):
+def _check_inside(folder: Path, name: str) -> None:
+    """A listed file lies in `folder` itself: no .., no absolute path, no link on the way."""
+    path = PurePosixPath(name)
+    plain = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if not plain or any((folder / part).is_symlink() for part in (path, *path.parents)[:-1]):
         raise DamagedFile(f"{folder / NAME} is refused: it lists {name!r}, which leads out of the folder")
-    return path
 
 
 def _render(content: dict[str, Any]) -> bytes:
