@@ -21,6 +21,8 @@ _choice: Kernels = "auto"
 
 def select(kernels: Kernels) -> None:
     """auto: Triton for tensors on a GPU, PyTorch elsewhere. Raises `UserError` where Triton cannot run at all."""
+    if kernels == "triton" and _kernel("_launch", "triton") is None:
+        raise UserError("kernels=triton: triton is not installed (pip install triton); take --kernels torch or auto")
     if kernels == "triton" and not torch.cuda.is_available() and not _kernel("_launch", "INTERPRETED"):
         raise UserError(
             "kernels=triton needs a GPU, or TRITON_INTERPRET=1 in the environment to interpret them on the CPU (slow); "
@@ -198,11 +200,14 @@ def decode_attention(
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None
 ) -> Tensor:
-    """Sum over the rows of logits [M, V] whose target is not -100, in fp32; the options of `kernels.cross_entropy`."""
+    """Sum over the rows of logits [M, V] whose target is not -100, in fp32 or wider.
+
+    The options are those of `kernels.cross_entropy`.
+    """
     if _triton(logits):
         options: dict[str, Any] = dict(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
         return _kernel("cross_entropy", "cross_entropy")(logits, targets, reduction="sum", **options)
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, UserError
 
 
 class KVCache:
@@ -27,17 +27,19 @@ class KVCache:
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # [B] keys in use
         self.size, self.longest = size, 0  # `longest` bounds `lengths` from above without asking the device
-        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # block -> keys and values of the encoder's output
+        self.memory_segments: Tensor | None = None  # [B, S] which of these are padding
+        self.ragged = False  # whether rows may hold different numbers of tokens
 
     def begin(self, T: int, new: Tensor | None) -> None:
         """Makes room for T tokens a row, of which `new` [B] are real and the rest padding on the right (None: all)."""
         if self.longest + T > self.size:
-            raise ValueError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
+            raise UserError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
         step = torch.arange(T, device=self.lengths.device)
         self.at = self.lengths.unsqueeze(1) + step  # [B, T] positions of the new tokens
         self.slots = self.at if new is None else torch.where(step < new.unsqueeze(1), self.at, self.size)
         self.longest += T
-        self.ragged = new is not None or getattr(self, "ragged", False)
+        self.ragged = self.ragged or new is not None
         self.new = torch.full_like(self.lengths, T) if new is None else new
         self.lengths = self.lengths + self.new
 

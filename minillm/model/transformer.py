@@ -132,18 +132,29 @@ class Transformer(nn.Module):
                 it. Negative ids are padding. None: each row is one document.
             source: [B, S] the encoder's tokens, of an encoder-decoder; may be None once a cache has read them.
             source_segments: [B, S] like `segments`; a decoder's token reads the source of its own id (0 by default).
+                A cache remembers them with the source.
             token_types: [B, T] sentence of a pair, for models with `token_types`.
             cache: holds the tokens before `ids`, and takes these too; decoders only.
             new: [B] with a cache, how many of the T tokens of each row are real (the rest is padding on the right).
+
+        Raises:
+            UserError: an input that this shape cannot read, or more tokens than learned positions or the cache hold.
         """
+        self._check(segments, source, token_types, cache, new)
         if self.decoder is None:
             return self.encoder(self._embed(ids, token_types), self._positions(ids, segments), View(segments=segments))
         memory = None
         if self.encoder is not None:
             memory = self._memory(source, source_segments, cache)
-        if cache is not None:
+        if cache is None:
+            at = self._positions(ids, segments)
+        else:
+            self._check_room(cache.longest + ids.shape[1])
             cache.begin(ids.shape[1], new)
-        at = cache.at if cache is not None else self._positions(ids, segments)
+            at = cache.at
+            if source_segments is None:
+                source_segments = cache.memory_segments
+            cache.memory_segments = source_segments
         view = View(segments=segments, memory=memory, memory_segments=source_segments, cache=cache)
         return self.decoder(self._embed(ids, token_types), at, view)
 
@@ -159,10 +170,34 @@ class Transformer(nn.Module):
             raise UserError("an encoder-decoder needs `source`, the encoder's tokens [B, S]")
         return self.encode(source, source_segments)
 
+    def _check(
+        self,
+        segments: Tensor | None,
+        source: Tensor | None,
+        token_types: Tensor | None,
+        cache: KVCache | None,
+        new: Tensor | None,
+    ) -> None:
+        if source is not None and self.config.shape != "encoder-decoder":
+            raise UserError(f"model.shape={self.config.shape} reads no `source`; only an encoder-decoder does")
+        if token_types is not None and self.type_embedding is None:
+            raise UserError("`token_types` need a model with model.token_types; this one has none")
+        if cache is not None and self.decoder is None:
+            raise UserError("an encoder reads all tokens at once: it takes no `cache`")
+        if cache is not None and segments is not None:
+            raise UserError("with a `cache` each row is one document, padded on the right: give `new`, not `segments`")
+        if new is not None and cache is None:
+            raise UserError("`new` belongs to a `cache`; without one give `segments`, negative where there is padding")
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.config.context and self.config.position.kind == "learned":
+            raise UserError(
+                f"{tokens} tokens do not fit: learned positions end at model.context ({self.config.context})"
+            )
+
     def _positions(self, ids: Tensor, segments: Tensor | None) -> Tensor:
         T = ids.shape[1]
-        if T > self.config.context and self.config.position.kind == "learned":
-            raise UserError(f"{T} tokens do not fit: learned positions end at model.context ({self.config.context})")
+        self._check_room(T)
         return torch.arange(T, device=ids.device) if segments is None else document_positions(segments)
 
     def _embed(self, ids: Tensor, token_types: Tensor | None) -> Tensor:
