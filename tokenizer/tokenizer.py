@@ -29,7 +29,7 @@ ROLES = ("system", "user", "assistant")
 ROLE_PIECES = [f"<|{role}|>" for role in ROLES]
 FORMAT = 1  # of the manifest; a reader refuses a higher one
 
-_PART = 4096  # characters handed to SentencePiece at a time: its BPE encoder gets slow once the text outgrows the cache
+_PART = 4096  # characters handed to SentencePiece's BPE encoder at a time: it is slow where the text outgrows the cache
 
 
 class DamagedFile(ValueError):
@@ -96,7 +96,7 @@ class Tokenizer:
         if self._characters is not None:
             return self._encode_characters(text)
         ids: list[int] = []
-        for part in _parts(text):
+        for part in self._parts(text):
             ids += self._space_mark_ids if part == SPACE_MARK else self._model.encode(part)
         return ids
 
@@ -106,7 +106,7 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         for text in texts:
             check_unicode(text)
-        parts = [list(_parts(text)) for text in texts]
+        parts = [list(self._parts(text)) for text in texts]
         flat = [part for of_text in parts for part in of_text]
         encoded = iter(self._model.encode(flat, num_threads=threads or os.cpu_count() or 1))
         batch = []
@@ -116,6 +116,25 @@ class Tokenizer:
                 ids += self._space_mark_ids if part == SPACE_MARK else part_ids
             batch.append(ids)
         return batch
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Cuts at U+2581, which stays alone; and for bpe after newlines, where ids cannot change: no piece spans one.
+
+        Unigram stays whole. It adds up scores in fp32, and where two spellings score the same, what stands before
+        decides, even beyond a newline.
+        """
+        for i, stretch in enumerate(text.split(SPACE_MARK)):
+            if i:
+                yield SPACE_MARK
+            start = 0
+            while self.type == "bpe" and len(stretch) - start > _PART:
+                end = stretch.rfind("\n", start, start + _PART) + 1 or stretch.find("\n", start + _PART) + 1
+                if not end:
+                    break
+                yield stretch[start:end]
+                start = end
+            if start < len(stretch):
+                yield stretch[start:]
 
     def _encode_characters(self, text: str) -> list[int]:
         assert self._characters is not None
@@ -232,22 +251,6 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
     """SHA-256 (hex) of the manifest without its own `sha256`, keys sorted."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cuts where the ids cannot change: at U+2581, which stays alone, and after newlines, which no piece ever spans."""
-    for i, stretch in enumerate(text.split(SPACE_MARK)):
-        if i:
-            yield SPACE_MARK
-        start = 0
-        while len(stretch) - start > _PART:
-            end = stretch.rfind("\n", start, start + _PART) + 1 or stretch.find("\n", start + _PART) + 1
-            if not end:
-                break
-            yield stretch[start:end]
-            start = end
-        if start < len(stretch):
-            yield stretch[start:]
 
 
 def _starts_word(text: bytes) -> bool:

@@ -69,8 +69,8 @@ def train(
     bpe (Sennrich et al. 2016) and unigram (Kudo 2018) have exactly `vocab_size` pieces: special tokens (8, and one
     sentinel for each 64 of vocab_size, at most 100), newline, tab, the 256 bytes, every character but the rarest
     0.05 % of the text, and what was learned. char has 5 special tokens and every character of the texts, in the order
-    of their code points but for space, which comes last, and newline, tab and CR, which come first: `vocab_size` is
-    then only a limit, and neither sample nor seed plays a part.
+    of their code points, but tab, newline and CR come first and space comes where its mark U+2581 would; `vocab_size`
+    is then only a limit, and neither sample nor seed plays a part.
     `seed` chooses the sample where the texts exceed `sample_characters`.
 
     Raises ValueError for texts that are empty or no valid Unicode, and for a vocabulary larger than the texts support
@@ -206,7 +206,7 @@ def _learned(type: str, vocab_size: int) -> dict[str, Any]:
         **_EXACT,
         **_SPECIAL,
         model_type=type,
-        vocab_size=vocab_size,
+        vocab_size=max(vocab_size, 8),  # below 8 too little for the special ids, and refused without the size it takes
         control_symbols=[MASK, *ROLE_PIECES, *sentinels],
         user_defined_symbols=["\n", "\t"],
         byte_fallback=True,
