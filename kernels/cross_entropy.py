@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from ._flash_tiles import tanh
 from ._labels import check, check_labels
-from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, tuned
+from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, triton, tuned
 
 
 def cross_entropy_reference(
@@ -65,15 +66,7 @@ def cross_entropy_reference(
 
 @jit
 def _capped(x, softcap, SOFTCAP: tl.constexpr):
-    """c · tanh(x / c). Near 0 a series, as (1 − e^−2a) / (1 + e^−2a) would cancel there."""
-    if SOFTCAP:
-        a = tl.abs(x) / softcap
-        e = tl.exp(-2.0 * a)
-        square = a * a
-        series = a * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
-        size = softcap * tl.where(a < 0.3, series, (1.0 - e) / (1.0 + e))
-        return tl.where(x < 0, -size, size)
-    return x
+    return softcap * tanh(x / softcap) if SOFTCAP else x
 
 
 @jit
@@ -134,14 +127,15 @@ def _cross_entropy(
 
 
 @jit
-def _scale_rows(x_ptr, factor_ptr, factor_stride, V, BLOCK: tl.constexpr):
-    # Row by row x *= factor, without touching a row whose factor is 1: what loss.backward() sends.
-    row = tl.program_id(0).to(tl.int64)
+def _scale_rows(x_ptr, factor_ptr, factor_stride, V, blocks, BLOCK: tl.constexpr):
+    # x [M, V] *= factor, a block of one row at a time, without touching x where the factor is 1: what backward() sends.
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    col = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(factor_ptr + row * factor_stride)
-    for start in range(0, tl.where(factor == 1.0, 0, V), BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * V + col, col < V, other=0.0).to(tl.float32)
-        tl.store(x_ptr + row * V + col, x * factor, col < V)
+    inside = col < tl.where(factor == 1.0, 0, V)
+    x = tl.load(x_ptr + row * V + col, inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * V + col, x * factor, inside)
 
 
 def launch(
@@ -180,9 +174,10 @@ def _op(
 @custom_op("minillm::scale_rows_", mutates_args=("x",))
 def _scale_rows_op(x: Tensor, factor: Tensor) -> None:
     """x [M, V] contiguous *= factor, fp32, one per row [M] or one for all []."""
-    M, V = x.shape
-    choice = tuned("scale_rows", architecture(x.device), _shape_class(V), x.dtype)
-    _scale_rows[(M,)](x, factor, _row_stride(factor, M), V, **choice)
+    M, V = x.shape if factor.ndim else (1, x.numel())  # one factor for all: the rows are one
+    choice = tuned("scale_rows", architecture(x.device), "any", x.dtype)
+    blocks = triton.cdiv(V, choice["BLOCK"])
+    _scale_rows[(M * blocks,)](x, factor, _row_stride(factor, M), V, blocks, **choice)
 
 
 def _outputs(logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -279,10 +274,10 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
         for options in (False, True):
             yield _aot_case(key, dict(choice), options)
     for key, choice in shipped("scale_rows", arch).items():
-        sizes = {k: v for k, v in choice.items() if k.isupper()}
-        types = {"x_ptr": POINTERS[key.split("/")[1]], "factor_ptr": "*fp32:16", "factor_stride": "i32", "V": "i32:16"}
-        options = {k: v for k, v in choice.items() if k.islower()}
-        yield AotCase(f"scale_rows/{key}", _scale_rows, {**types, **dict.fromkeys(sizes, "constexpr")}, sizes, options)
+        pointer, numbers = POINTERS[key.split("/")[1]], {"factor_stride": "i32", "V": "i32:16", "blocks": "i32"}
+        signature = {"x_ptr": pointer, "factor_ptr": "*fp32:16", **numbers, "BLOCK": "constexpr"}
+        options = {name: value for name, value in choice.items() if name != "BLOCK"}
+        yield AotCase(f"scale_rows/{key}", _scale_rows, signature, {"BLOCK": choice["BLOCK"]}, options)
 
 
 def _aot_case(key: str, choice: dict[str, int], options: bool) -> AotCase:
