@@ -33,6 +33,8 @@ class KVCache:
 
     def begin(self, T: int, new: Tensor | None) -> None:
         """Makes room for T tokens a row, of which `new` [B] are real and the rest padding on the right (None: all)."""
+        if torch.is_grad_enabled():
+            raise UserError("a cache is written in place, which gradients cannot cross: call within torch.no_grad()")
         if self.longest + T > self.size:
             raise UserError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
         step = torch.arange(T, device=self.lengths.device)
