@@ -4,9 +4,10 @@ With p = exp(s - lse) and δ = rowsum(do ∘ out), the derivation in flash_atten
 
     dv += pᵀ do      dp = do vᵀ      ds = p ∘ (dp - δ)      dk += scale · dsᵀ q      dq += scale · ds k
 
-`by_keys`: one program owns a block of keys, walks over the queries that see it (of every query head of its group, so
-that grouped heads need no second sum) and keeps dk, dv in registers. With `dq` it also adds its share to dq, in fp32
-and atomically: five products a tile, but a sum whose order, hence last bit, differs from run to run.
+`by_keys`: one program owns a block of keys for one query head, walks over the queries that see it and keeps dk, dv in
+registers; grouped heads are summed afterwards (walking over the group's heads in here would spill registers). With
+`dq` it also adds its share to dq, in fp32 and atomically: five products a tile, but a sum whose order, hence last bit,
+differs from run to run.
 `by_queries`: one program owns a block of queries and sums dq alone. Both together compute s and dp twice, seven
 products a tile, and every sum has a fixed order: the deterministic backward.
 
@@ -15,7 +16,7 @@ Tiles are transposed, [keys, queries], in `by_keys`: p and ds are then left oper
 
 from __future__ import annotations
 
-from ._flash_tiles import Row, biased, capped, in_use, meeting, spans, tile, visible
+from ._flash_tiles import Row, biased, capped, in_use, meeting, nth, spans, tile, visible
 from ._launch import jit, tl
 
 
@@ -51,13 +52,14 @@ def _weights(product, dp, lse, delta, position, s, q_id, kv_id, row, MASKED: tl.
 
 @jit
 def _gather(
-    dk, dv, k, v, s, kv_id, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr, dq_ptr, dq_t, list_ptr, row, first, stop,
+    dk, dv, k, v, s, kv_id, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr, dq_ptr, dq_t, list_ptr, row,
+    count, start, full_start, full_stop,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take the query blocks `first` to `stop` into dk, dv [N, D], and add this block of keys' share to dq."""
-    for i in range(first, stop):
-        block = tl.load(list_ptr + i) if list_ptr is not None else i
+    """Take `count` blocks of queries into dk, dv [N, D], and add this block of keys' share to dq."""
+    for i in range(0, count):
+        block = nth(i, start, full_start, full_stop, list_ptr, MASKED)
         t = block * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = t < row.queries
         position = (t + (row.keys - row.queries))[None, :]
@@ -89,19 +91,37 @@ def by_keys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one key/value head. Writes dk, dv [B, S, G, D]; adds to dq where it is given."""
+    """One program: BLOCK_N keys and one query head. Writes dk, dv [B, S, H, D]; adds to dq where it is given."""
     blocks = tl.cdiv(S, BLOCK_N)
-    block, bg = tl.program_id(0) % blocks, tl.program_id(0) // blocks  # causal: the first keys are seen most
-    b, g = tl.cast(bg // G, tl.int64), tl.cast(bg % G, tl.int64)
+    block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks  # causal: the first keys are seen most
+    b, h = tl.cast(bh // H, tl.int64), tl.cast(bh % H, tl.int64)
+    g = h // (H // G)
     queries, keys = in_use(q_lengths_ptr, b, T), in_use(kv_lengths_ptr, b, S)
-    kv_ids = kv_ids_ptr + b * S if kv_ids_ptr is not None else None
+    row = Row(
+        queries,
+        keys,
+        left,
+        right,
+        q_ids_ptr + b * T if q_ids_ptr is not None else None,
+        kv_ids_ptr + b * S if kv_ids_ptr is not None else None,
+        tl.load(slopes_ptr + h) if slopes_ptr is not None else None,
+        scale,
+        softcap,
+        factor,
+    )
 
     n0 = block * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     s = n[:, None]
-    kv_id = tl.load(kv_ids + s, s < keys, other=0) if kv_ids_ptr is not None else 0
+    kv_id = tl.load(row.kv_ids + s, s < keys, other=0) if kv_ids_ptr is not None else 0
     k = tile(k_ptr + b * k_b + g * k_h, k_t, n0, keys, D, BLOCK_N, BLOCK_D, True, WIDEN)
     v = tile(v_ptr + b * v_b + g * v_h, v_t, n0, keys, D, BLOCK_N, BLOCK_D, True, WIDEN)
+    q_ptr += b * q_b + h * q_h
+    do_ptr += b * do_b + h * do_h
+    lse_ptr += (b * H + h) * T
+    delta_ptr += (b * H + h) * T
+    if dq_ptr is not None:
+        dq_ptr += (b * T * H + h) * D
 
     # Key s is seen by the positions s - right to s + left, and position p is query p - (keys - queries).
     shift = queries - keys
@@ -113,40 +133,22 @@ def by_keys(
     start, full_start, full_stop, stop = meeting(list_ptr, counts_ptr, at, start, full_start, full_stop, stop)
     if list_ptr is not None:
         list_ptr += at * tl.cdiv(T, BLOCK_M)
+    full = full_stop - full_start
+    edges = stop - start - full
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for h in range(g * (H // G), (g + 1) * (H // G)):
-        row = Row(
-            queries,
-            keys,
-            left,
-            right,
-            q_ids_ptr + b * T if q_ids_ptr is not None else None,
-            kv_ids,
-            tl.load(slopes_ptr + h) if slopes_ptr is not None else None,
-            scale,
-            softcap,
-            factor,
-        )
-        q_of, do_of, row_of = q_ptr + b * q_b + h * q_h, do_ptr + b * do_b + h * do_h, (b * H + h) * T
-        dq_of = dq_ptr + (b * T * H + h) * D if dq_ptr is not None else None
-        if right is not None and list_ptr is None:  # the causal diagonal, or the window's right edge
-            dk, dv = _gather(
-                dk, dv, k, v, s, kv_id, q_of, q_t, do_of, do_t, lse_ptr + row_of, delta_ptr + row_of, dq_of, H * D,
-                list_ptr, row, start, full_start, True, D, BLOCK_M, BLOCK_D, WIDEN, PRECISION,
-            )  # fmt: skip
-        dk, dv = _gather(
-            dk, dv, k, v, s, kv_id, q_of, q_t, do_of, do_t, lse_ptr + row_of, delta_ptr + row_of, dq_of, H * D,
-            list_ptr, row, full_start, full_stop, False, D, BLOCK_M, BLOCK_D, WIDEN, PRECISION,
-        )  # fmt: skip
-        dk, dv = _gather(
-            dk, dv, k, v, s, kv_id, q_of, q_t, do_of, do_t, lse_ptr + row_of, delta_ptr + row_of, dq_of, H * D,
-            list_ptr, row, full_stop, stop, True, D, BLOCK_M, BLOCK_D, WIDEN, PRECISION,
-        )  # fmt: skip
+    dk, dv = _gather(
+        dk, dv, k, v, s, kv_id, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr, dq_ptr, H * D, list_ptr, row,
+        full, start, full_start, full_stop, False, D, BLOCK_M, BLOCK_D, WIDEN, PRECISION,
+    )  # fmt: skip
+    dk, dv = _gather(
+        dk, dv, k, v, s, kv_id, q_ptr, q_t, do_ptr, do_t, lse_ptr, delta_ptr, dq_ptr, H * D, list_ptr, row,
+        edges, start, full_start, full_stop, True, D, BLOCK_M, BLOCK_D, WIDEN, PRECISION,
+    )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)[None, :]
-    kv_at = ((b * S + n) * G + g)[:, None] * D + d
+    kv_at = ((b * S + n) * H + h)[:, None] * D + d
     inside = (n < S)[:, None] & (d < D)
     tl.store(dk_ptr + kv_at, (dk * scale).to(dk_ptr.dtype.element_ty), inside)
     tl.store(dv_ptr + kv_at, dv.to(dv_ptr.dtype.element_ty), inside)
@@ -154,13 +156,13 @@ def by_keys(
 
 @jit
 def _collect(
-    dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, first, stop,
+    dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, count, start, full_start, full_stop,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take the key blocks `first` to `stop` into dq [M, D]."""
-    for i in range(first, stop):
-        block = tl.load(list_ptr + i) if list_ptr is not None else i
+    """Take `count` blocks of keys into dq [M, D]."""
+    for i in range(0, count):
+        block = nth(i, start, full_start, full_stop, list_ptr, MASKED)
         s = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         kv_id = tl.load(row.kv_ids + s, s < row.keys, other=0) if row.kv_ids is not None else 0
         k = tile(k_ptr, k_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
@@ -222,18 +224,15 @@ def by_queries(
         list_ptr += at * tl.cdiv(S, BLOCK_N)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if left is not None and list_ptr is None:
-        dq = _collect(
-            dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, start, full_start,
-            True, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
-        )  # fmt: skip
+    full = full_stop - full_start
+    edges = stop - start - full
     dq = _collect(
-        dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, full_start, full_stop,
-        False, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
+        dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row,
+        full, start, full_start, full_stop, False, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
     )  # fmt: skip
     dq = _collect(
-        dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, full_stop, stop,
-        True, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
+        dq, q, do, lse, delta, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row,
+        edges, start, full_start, full_stop, True, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
     )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)[None, :]

@@ -13,19 +13,19 @@ scale · log2 e is one factor, folded into the subtraction.
 
 from __future__ import annotations
 
-from ._flash_tiles import Row, biased, capped, in_use, meeting, spans, tile, visible
+from ._flash_tiles import Row, biased, capped, in_use, meeting, nth, spans, tile, visible
 from ._launch import jit, tl
 
 
 @jit
 def _attend(
-    acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, first, stop,
+    acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, count, start, full_start, full_stop,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take the tiles `first` to `stop` into the running sums: acc [M, D], total [M], m [M] (in powers of 2)."""
-    for i in range(first, stop):
-        block = tl.load(list_ptr + i) if list_ptr is not None else i
+    """Take `count` blocks of keys into the running sums: acc [M, D], total [M], m [M] (in powers of 2)."""
+    for i in range(0, count):
+        block = nth(i, start, full_start, full_stop, list_ptr, MASKED)
         s = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         k = tile(k_ptr, k_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -98,17 +98,14 @@ def forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if left is not None and list_ptr is None:  # the window's left edge
-        acc, total, m = _attend(
-            acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, start, full_start,
-            True, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
-        )  # fmt: skip
+    full = full_stop - full_start
+    edges = stop - start - full  # the causal diagonal, the window's ends, a ragged last block, the ends of documents
     acc, total, m = _attend(
-        acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, full_start, full_stop,
+        acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, full, start, full_start, full_stop,
         False, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
     )  # fmt: skip
-    acc, total, m = _attend(  # the causal diagonal, the right edge, the row's ragged end, the edges of documents
-        acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, full_stop, stop,
+    acc, total, m = _attend(
+        acc, total, m, q, position, q_id, k_ptr, k_t, v_ptr, v_t, list_ptr, row, edges, start, full_start, full_stop,
         True, D, BLOCK_N, BLOCK_D, WIDEN, PRECISION,
     )  # fmt: skip
 

@@ -116,11 +116,10 @@ class Call:
         self.constants = _constants(self.D, q.dtype)
 
     def launch(self, table: str, *tensors: Tensor | None, strided: tuple[Tensor, ...], own_keys=False):
-        """Run the kernel of `table` with its tuned choices: one program for each own block of each of its heads."""
+        """Run the kernel of `table` with its tuned choices: one program for each own block of each head."""
         choice = tuned(table, self.arch, f"d{self.constants['BLOCK_D']}", self.dtype)
         own, other = (choice["BLOCK_N"], choice["BLOCK_M"]) if own_keys else (choice["BLOCK_M"], choice["BLOCK_N"])
-        heads, length = (self.G, self.S) if own_keys else (self.H, self.T)
-        grid = self.B * heads * triton.cdiv(length, own)
+        grid = self.B * self.H * triton.cdiv(self.S if own_keys else self.T, own)
         if grid == 0:
             return
         lists = None, None

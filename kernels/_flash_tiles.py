@@ -179,6 +179,20 @@ def meeting(list_ptr, counts_ptr, at, start, full_start, full_stop, stop):
     return start, full_start, full_stop, stop
 
 
+@jit
+def nth(i, start, full_start, full_stop, list_ptr, MASKED: tl.constexpr):
+    """The i-th block that needs the mask (before full_start or from full_stop on), or the i-th that needs none.
+
+    Both edges in one loop: with a loop for each, the backward kernel would not fit into its registers.
+    """
+    if MASKED:
+        place = start + i
+        place += tl.where(place >= full_start, full_stop - full_start, 0)
+    else:
+        place = full_start + i
+    return tl.load(list_ptr + place) if list_ptr is not None else place
+
+
 def list_tiles(
     segments: tuple[Tensor, Tensor],  # [B, T], [B, S] contiguous
     lengths: tuple[Tensor | None, Tensor | None],

@@ -115,6 +115,13 @@ def _heads(B: int, T: int, H: int, D: int, like: Tensor, dtype: torch.dtype | No
     return like.new_empty(B, T, H, D, dtype=dtype).transpose(1, 2)
 
 
+def _sum_groups(shares: Tensor, k: Tensor) -> Tensor:
+    """[B, H, S, D], a share for each query head  ->  [B, G, S, D]."""
+    B, G, S, D = k.shape
+    by_group = shares.transpose(1, 2).view(B, S, G, -1, D)  # as it lies in memory
+    return by_group.sum(3).to(k.dtype).transpose(1, 2)
+
+
 @custom_op("minillm::flash_attention", mutates_args=())
 def _op(
     q: Tensor,
@@ -163,6 +170,9 @@ def _op_backward(
     call = Call(q, k, slopes, q_ids, kv_ids, q_lengths, kv_lengths, scale, softcap, left, right)
     B, H, T, D = q.shape
     dq, dk, dv = _empty_gradients(q, k)
+    grouped = k.shape[1] != H
+    if grouped:  # one share for each query head, in fp32 for the sum over the group
+        dk, dv = (_heads(B, k.shape[2], H, D, k, torch.float32) for _ in range(2))
     do, q, k, v, out, lse = (*map(rows, (do, q, k, v, out)), lse.contiguous())
     delta = torch.empty_like(lse)
     shared = {"strided": (q, k, v, do)}
@@ -178,6 +188,8 @@ def _op_backward(
             sums = _heads(B, T, H, D, q, torch.float32).zero_()
             call.launch("flash_attention_backward", *tensors, sums, dk, dv, own_keys=True, **shared)
             dq = sums.to(q.dtype)
+    if grouped:
+        dk, dv = (_sum_groups(x, k) for x in (dk, dv))
     return dq, dk, dv
 
 
