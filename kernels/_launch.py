@@ -55,6 +55,11 @@ def runs_triton(*tensors: Tensor) -> bool:
     )
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x [M, N] itself if its features lie side by side (rows may be any distance apart, even none), else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 @cache
 def architecture(device: torch.device) -> str:
     """The key of the tuned tables: 'sm_90', 'gfx942', … or 'cpu' for the interpreter."""

@@ -31,11 +31,6 @@ def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
             raise ValueError(f"{name} has dtype {tensor.dtype}, which no norm takes: convert it to a float first")
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x [M, N] itself if its features lie side by side (rows may be any distance apart, even none), else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def width_class(features: int) -> str:
     """The tuned tables' word for rows of that many features: 'n1024' holds 513 to 1024."""
     return f"n{min(max(NARROWEST, triton.next_power_of_2(features)), WIDEST)}"

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ._launch import AotCase, architecture, jit, runs_triton, tl, triton, tuned
-from ._norm import as_rows, check_norm, norm_aot_cases, persistent_programs, width_class
+from ._launch import AotCase, architecture, as_rows, jit, runs_triton, tl, triton, tuned
+from ._norm import check_norm, norm_aot_cases, persistent_programs, width_class
 
 
 def rms_norm_reference(
