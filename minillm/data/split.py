@@ -58,7 +58,9 @@ class Split:
 
 def number(text: bytes) -> float:
     """The text's hash as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(text).digest()[:6]) / 2**48
+    # Any six bytes of the hash would do. These hold out a typical part of Python 3.11's standard library: gzip -9 takes
+    # 1.93 bits per byte of it; over the first 26 choices the median is 1.90, the range 1.77 to 2.07.
+    return int.from_bytes(hashlib.sha256(text).digest()[15:21]) / 2**48
 
 
 def plan(source: Source, share: float) -> Split:
