@@ -69,7 +69,8 @@ def rms_norm(
     if _triton(x):
         return _kernel("rms_norm", "rms_norm")(x, weight, eps=eps, residual=residual)
     total = x if residual is None else x + residual
-    y = F.rms_norm(total, weight.shape, weight, eps)
+    wide = torch.promote_types(total.dtype, weight.dtype)  # under autocast; F.rms_norm warns of mixed types
+    y = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(total.dtype)
     return y if residual is None else (y, total)
 
 
