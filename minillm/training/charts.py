@@ -84,8 +84,12 @@ def chart(
     grid = "".join(_rule(scale(y), "grid") for y in marks)
     rules = "".join(_rule(scale(level.value), level.style) for level in levels if level.drawn)
     paths = "".join(_path(line, place, scale) for line in lines)
-    y_words = "".join(f'<span class="y" style="top:{_percent(1 - scale(y))}">{number(y)}</span>' for y in marks)
-    x_words = "".join(_x_mark(place(x), words) for x, words in x_ticks)
+    y_words = "".join(
+        f'<span class="y" style="top:{_percent(1 - scale(y))}">{words}</span>'
+        for y, words in zip(marks, _mark_words(marks, scale), strict=True)
+    )
+    middle = len(x_ticks) // 2
+    x_words = "".join(_x_mark(place(x), words, i != middle) for i, (x, words) in enumerate(x_ticks))
     last = [(line, [y for _, y in line.points if finite(y)]) for line in lines]
     now = " · ".join(_value(line, ys[-1], len(lines) > 1, unit) for line, ys in last if ys)
     data = {
@@ -165,9 +169,9 @@ def number(value: float) -> str:
     """A value as a person writes it: four digits that matter, thousands apart."""
     if value == 0:
         return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e6 else compact(value)
-    if abs(value) < 1e-3:
+    if 1000 <= abs(value) < 1e12:
+        return f"{value:,.0f}"
+    if not 1e-4 <= abs(value) < 1000:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.4g}"
@@ -226,10 +230,18 @@ def _labels(levels: Sequence[Level], scale: Scale, gap: float) -> str:
     )
 
 
-def _x_mark(share: float, words: Sequence[str]) -> str:
-    end = " start" if share < 0.04 else " end" if share > 0.96 else ""
+def _mark_words(marks: Sequence[float], scale: Scale) -> list[str]:
+    """All with as many decimals as their distance needs."""
+    if scale.log or len(marks) < 2 or not 1e-4 <= (apart := marks[1] - marks[0]) < 1000:
+        return [number(y) for y in marks]
+    return [f"{y:,.{max(0, -math.floor(math.log10(apart) + 1e-9))}f}" for y in marks]
+
+
+def _x_mark(share: float, words: Sequence[str], minor: bool) -> str:
+    """`minor` marks between the ends give way on narrow screens."""
+    place = "start" if share == 0 else "end" if share == 1 else "minor" if minor else ""
     shown = "".join(f"<small>{html.escape(word)}</small>" for word in words)
-    return f'<span class="x{end}" style="left:{_percent(share)}">{shown}</span>'
+    return f'<span class="x {place}" style="left:{_percent(share)}">{shown}</span>'
 
 
 def _value(line: Line, y: float, named: bool, unit: str) -> str:

@@ -1,0 +1,152 @@
+"""What a run came to, in plain sentences: which baselines it beat, whether it memorises, what to do next.
+
+Scores are bits per byte where the objective defines them, else nats per target; lower is better in both.
+"""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm.training.charts import finite
+
+BASELINES = {"uniform": "uniform", "unigram": "unigram", "bigram": "bigram", "gzip": "gzip -9", "xz": "xz -9"}
+MEMORISING = 1.10  # held-out score over training score, above which the model tells the two texts apart
+RISEN = 1.005  # final score over the best one, above which the validation curve has turned
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The numbers of a run in one unit."""
+
+    unit: str
+    validation: list[tuple[int, float]]
+    """(step, score) of each validation with a finite result."""
+    train: list[tuple[int, float]]
+    baselines: dict[str, float]
+    """By their names for people; only those that are defined."""
+
+
+def scores(metrics: Sequence[Mapping[str, Any]]) -> Scores:
+    """Reads the lines of metrics.jsonl; bits per byte where any validation has them."""
+    in_bits = any(finite(line.get("bits_per_byte")) for line in metrics if line.get("split") == "val")
+    key, suffix = ("bits_per_byte", "") if in_bits else ("loss", "_loss")
+
+    def curve(split: str) -> list[tuple[int, float]]:
+        return [(line["step"], line[key]) for line in metrics if line.get("split") == split and finite(line.get(key))]
+
+    found = next((line for line in metrics if line.get("event") == "baselines"), {})
+    baselines = {words: found[name + suffix] for name, words in BASELINES.items() if finite(found.get(name + suffix))}
+    return Scores("bits per byte" if in_bits else "nats per target", curve("val"), curve("train"), baselines)
+
+
+def verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on how the run ended, how good it is, and whether it memorises; at least one."""
+    sentences = _how_it_ended(config, metrics)
+    result = scores(metrics)
+    if not result.validation:
+        return [*sentences, "The model was not validated yet, so there is nothing to compare."]
+    first, (best_step, best) = result.validation[0], min(result.validation, key=lambda point: point[1])
+    beginning = f", down from {first[1]:.3f} at step {first[0]:,}" if first[1] > best else ""
+    sentences.append(f"The model reached {best:.3f} {result.unit} on held-out text, at step {best_step:,}{beginning}.")
+    sentences += _against_baselines(best, result.baselines)
+    return sentences + _memorising(result, best_step, best)
+
+
+def _how_it_ended(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    steps = (config.get("plan") or {}).get("steps")
+    of_all = f" of {steps:,}" if isinstance(steps, int) else ""
+    last = metrics[-1] if metrics else {}
+    if last.get("event") == "nonfinite":
+        return [
+            f"Training broke down at step {last['step']:,}: the {last['what']} was not a finite number, first in "
+            f"{last['layer']}. The weights before that step are kept; a lower --optim.lr is the usual cure."
+        ]
+    if last.get("event") == "end" and last.get("reason") == "early stop":
+        return [f"Early stopping ended it at step {last['step']:,}{of_all}: the validation no longer improved."]
+    if last.get("event") == "end" and last.get("reason") == "signal":
+        return [f"A signal stopped it at step {last['step']:,}{of_all}; it can be resumed."]
+    if last.get("event") != "end":
+        reached = max((line["step"] for line in metrics if "step" in line), default=0)
+        return [f"It has not ended: {reached:,}{of_all} steps are recorded."]
+    return []
+
+
+def _against_baselines(best: float, baselines: Mapping[str, float]) -> list[str]:
+    ordered = sorted(baselines.items(), key=lambda item: -item[1])
+    beaten = [(name, value) for name, value in ordered if best < value]
+    ahead = [(name, value) for name, value in ordered if best >= value]
+    sentences = []
+    if beaten:
+        named = _listed([f"{name} ({value:.3f}, by {1 - best / value:.0%})" for name, value in beaten])
+        sentences.append(f"It beats {named}.")
+    if ahead:
+        named = _listed([f"{name} ({value:.3f}, {best / value - 1:.0%} short)" for name, value in ahead])
+        sentences.append(f"It does not {'yet ' if beaten else ''}beat {named}.")
+    return sentences
+
+
+def _memorising(result: Scores, best_step: int, best: float) -> list[str]:
+    last_step, last = result.validation[-1]
+    recent = [score for step, score in result.train if step > 0.9 * last_step] or [y for _, y in result.train[-1:]]
+    if last > best * RISEN:
+        return [
+            f"Overfitting: the validation was best at step {best_step:,} ({best:.3f}) and {last:.3f} at step "
+            f"{last_step:,}. More text, --model.dropout, or fewer steps would help."
+        ]
+    if not recent or len(result.validation) < 2:
+        return []
+    train = math.fsum(recent) / len(recent)
+    if train > 0 and last / train > MEMORISING:
+        return [
+            f"It predicts training text {1 - train / last:.0%} better ({train:.3f}) than held-out text ({last:.3f}): "
+            "it begins to memorise, though the validation still improves."
+        ]
+    sentence = f"No overfitting: {train:.3f} on training text, {last:.3f} on held-out text."
+    before = next((y for step, y in reversed(result.validation) if step <= 0.75 * last_step), None)
+    if before is not None and last < 0.99 * before:
+        sentence += f" The last quarter still gained {1 - last / before:.1%}: a longer run would go lower."
+    return [sentence]
+
+
+def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Three commands that make sense now, each with its reason: (command, reason)."""
+    settings, plan = config.get("settings") or {}, config.get("plan") or {}
+    folder = shlex.quote(str(run))
+    last = metrics[-1] if metrics else {}
+    if last.get("event") == "nonfinite":
+        return [
+            (f"minillm doctor {folder}", "names what is wrong, and where"),
+            (_train(settings, lr=0.3), "the same run with a third of the learning rate"),
+            (f"minillm plot {folder}", "the curves up to the break"),
+        ]
+    commands = []
+    if last.get("reason") not in ("finished", "early stop"):
+        commands.append((f"python train.py --resume {folder}", "goes on where it stopped, bit for bit"))
+    if (settings.get("model") or {}).get("shape", "decoder") != "encoder":
+        commands.append((f'minillm generate {folder} --prompt "def "', "lets it write"))
+    else:
+        commands.append((f"minillm doctor {folder}", "checks the run for known faults"))
+    minutes, steps = settings.get("minutes"), plan.get("steps")
+    if minutes or steps:
+        commands.append((_train(settings, longer=4, steps=steps), "four times as long: the surest way to a lower loss"))
+    commands.append((f"minillm plot {folder}", "draws the curves; name several runs to compare them"))
+    return commands[:3]
+
+
+def _train(settings: Mapping[str, Any], *, longer: int = 1, lr: float | None = None, steps: int | None = None) -> str:
+    command = f"python train.py --preset {shlex.quote(str(settings.get('preset', 'default')))}"
+    if settings.get("source", "stdlib") != "stdlib":
+        command += f" --data {shlex.quote(str(settings['source']))}"
+    if longer > 1:
+        minutes = settings.get("minutes")
+        command += f" --minutes {longer * minutes:g}" if minutes else f" --steps {longer * (steps or 1)}"
+    if lr is not None:
+        command += f" --optim.lr {lr * (settings.get('optim') or {}).get('lr', 1e-3):.1g}"
+    return command
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
