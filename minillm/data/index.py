@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config import DamagedFile, UserError
-from minillm.data.sources import PREPARED
+from minillm.data.sources import is_prepared
 from minillm.data.tokens import Header, TokenStream, body_is_intact, check_fit, read_header, token_file
 
 FORMAT = 1
-TEXT = "validation.txt"
+INDEX, TEXT = "index.json", "validation.txt"
 _AGAIN = "prepare the data again"
 
 
@@ -41,10 +41,6 @@ class Shards:
         with (self.path / TEXT).open("rb") as file:
             while block := file.read(1 << 20):
                 yield block
-
-
-def is_prepared(path: Path | str) -> bool:
-    return (Path(path) / PREPARED).is_file()
 
 
 def open_shards(path: Path | str, *, tokenizer_hash: str | None = None, vocab_size: int | None = None) -> Shards:
@@ -101,10 +97,12 @@ def render_index(index: dict[str, Any]) -> bytes:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The checked index of a prepared folder. Raises `DamagedFile`, and `UserError` where there is none."""
-    file = path / PREPARED
+    """The checked index of a prepared folder. Raises `DamagedFile`, and `UserError` where there are no shards."""
+    file = path / INDEX
     if not file.is_file():
-        raise UserError(f"{path} holds no prepared data ({PREPARED} is missing); make it with: minillm data prepare")
+        if is_prepared(path):
+            raise DamagedFile(f"{file} is missing; {_AGAIN}")
+        raise UserError(f"{path} holds no prepared data; make it with: minillm data prepare")
     raw = file.read_bytes()
     try:
         index = json.loads(raw)
@@ -128,7 +126,7 @@ def _header(file: Path, sha256: str) -> Header:
         raise DamagedFile(f"{file} is a link; {_AGAIN}, or copy the file into the folder")
     header = read_header(file)
     if header.sha256 != sha256:
-        raise DamagedFile(f"{file} is not the file that {PREPARED} names; {_AGAIN}")
+        raise DamagedFile(f"{file} is not the file that {INDEX} names; {_AGAIN}")
     return header
 
 

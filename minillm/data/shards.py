@@ -6,20 +6,20 @@ The folder is written beside its place and renamed when it is complete, so that 
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from minillm.config import UserError
-from minillm.data.index import FORMAT, TEXT, Shards, is_prepared, open_shards, read_index, render_index, verify
+from minillm.data.folder import new_folder
+from minillm.data.index import FORMAT, INDEX, TEXT, Shards, open_shards, read_index, render_index, verify
 from minillm.data.parallel import Encode, encoded
-from minillm.data.sources import PREPARED, Source
+from minillm.data.sources import Source, is_prepared
 from minillm.data.split import Piece, Split, plan
 from minillm.data.tokens import TokenStream, TokenWriter
 
-__all__ = ["Shards", "TokenStream", "corpus_hash", "is_prepared", "open_shards", "prepare", "verify"]
+__all__ = ["Shards", "TokenStream", "corpus_hash", "default_workers", "is_prepared", "open_shards", "prepare", "verify"]
 
 _BATCH = 1 << 19  # characters that are encoded at a time
 _SMALL = 64 << 20  # bytes of text below which starting processes costs more than they save
@@ -55,29 +55,25 @@ def prepare(
     Raises `UserError` where `out` is taken, the source cannot be read, holds too little text, or `encode` refuses it or
     gives ids outside the vocabulary. Nothing is left behind then.
     """
-    out = Path(out)
     if source.is_prepared:
         raise UserError(f"{source.name} is prepared already; give the text that it was made from")
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists; choose another folder, or replace it with --overwrite")
-    split = plan(source, validation)
-    small = source.size is not None and source.size < _SMALL
-    workers = workers or (1 if small else os.cpu_count() or 1)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    workers = workers or default_workers(source)
+    with new_folder(Path(out), overwrite=overwrite) as folder:
         width = 2 if vocab_size <= 1 << 16 else 4
-        writer = _Writer(temporary, split, width, tokenizer_hash, shard_tokens)
+        split = plan(source, validation)
+        writer = _Writer(folder, split, width, tokenizer_hash, shard_tokens)
         for pieces, ids in _tokenized(split.pieces(source), encode, workers, vocab_size):
             writer.write(pieces, ids, document_id)
             if progress is not None:
                 progress(sum(writer.bytes), source.size)
         writer.finish(source)
-        _publish(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return open_shards(out, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size)
+
+
+def default_workers(source: Source) -> int:
+    """Processes that tokenize a source: one for each core, or this one alone where starting them would not pay."""
+    small = source.size is not None and source.size < _SMALL
+    return 1 if small else os.cpu_count() or 1
 
 
 def corpus_hash(source: Source) -> str:
@@ -156,7 +152,7 @@ class _Writer:
         }  # fmt: skip
         files = {tokens.name: [header.sha256 for header in tokens.headers] for tokens in self._tokens}
         index = {"format": FORMAT, "info": info, "files": files, "text": self._text_hash.hexdigest()}
-        (self.folder / PREPARED).write_bytes(render_index(index))
+        (self.folder / INDEX).write_bytes(render_index(index))
 
 
 def _tokenized(
@@ -191,16 +187,3 @@ def _refused(batch: list[Piece], encode: Encode, error: ValueError) -> str:
         except ValueError as its_own:
             return f"{piece.name}: {its_own}"
     return str(error)
-
-
-def _publish(temporary: Path, out: Path) -> None:
-    """Makes the files durable, then puts the folder in its place: a crash leaves the old one or the new one."""
-    for path in [*temporary.iterdir(), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    replaced = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(replaced)
-    temporary.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -13,8 +13,7 @@ from pathlib import Path
 from minillm.config import UserError
 from minillm.data.readers import ENDINGS, ending, read
 
-PREPARED = "index.json"  # the file by which a folder of prepared shards is known
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,9 @@ class Source:
             if self.root is not None and not path.resolve().is_relative_to(self.root):
                 self.skipped.append((name, "a link that leads out of the folder"))
                 continue
+            if not path.is_file():  # a link to nothing; a pipe, which would never end
+                self.skipped.append((name, "no file that can be read"))
+                continue
             skip = None if self.strict else lambda where, reason: self.skipped.append((where, reason))
             for where, text, part in read(name, path, skip):
                 yield Document(where, text, part)
@@ -94,21 +96,24 @@ def open_source(source: str) -> Source:
         return _folder(source, path)
     if ending(path) is None:
         raise UserError(f"{source}: minillm reads {' '.join(ENDINGS)}; rename it to .txt if it is plain text")
+    if not path.is_file():
+        raise UserError(f"{source} is neither a file nor a folder")
     if path.stat().st_size == 0:
         raise UserError(f"{source} is empty; give a file with text")
     return Source(source, [(source, path)], strict=True)
 
 
 def _python_files(folder: str) -> list[tuple[str, Path]]:
-    return [
-        (name, path)
-        for name, path in _walk(Path(folder))
-        if path.suffix == ".py" and not _LEFT_OUT.intersection(name.split("/")[:-1])
-    ]
+    return [(name, path) for name, path in _walk(folder, _LEFT_OUT) if name.endswith(".py")]
+
+
+def is_prepared(path: Path | str) -> bool:
+    """Whether a folder holds shards: token files, by which it is known even where its index is lost."""
+    return Path(path).is_dir() and any(Path(path).glob("*.tokens"))
 
 
 def _folder(source: str, folder: Path) -> Source:
-    if (folder / PREPARED).is_file():
+    if is_prepared(folder):
         return Source(source, [], prepared=folder)
     files = [(name, path) for name, path in _walk(folder) if ending(path) is not None]
     if not files:
@@ -116,14 +121,14 @@ def _folder(source: str, folder: Path) -> Source:
     return Source(source, files, root=folder.resolve())
 
 
-def _walk(folder: Path) -> list[tuple[str, Path]]:
-    """(name relative to `folder`, path) of every file below it, sorted by name; hidden ones left out, links to folders
-    not followed."""
+def _walk(folder: str | Path, left_out: frozenset[str] = frozenset()) -> list[tuple[str, Path]]:
+    """(name relative to `folder`, path) of each file below it, sorted by name.
+
+    Without hidden files and folders and folders named in `left_out`; links to folders are not followed.
+    """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if not name.startswith("."):
-                found.append((path.relative_to(folder).as_posix(), path))
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
+        below = Path(parent).relative_to(folder)
+        found += [((below / name).as_posix(), Path(parent, name)) for name in names if not name.startswith(".")]
     return sorted(found)
