@@ -46,7 +46,7 @@ class Tokenizer:
     sentinel_ids   for span corruption, the first span's first; none in type char
     special        name → id of every special token: unknown, pad, document, end, mask, system, user, assistant,
                    sentinel-0 …
-    token_bytes    for each id the bytes that it stands for; b"" for special tokens
+    token_bytes    for each id the bytes that it stands for; b"" for special tokens, U+FFFD's for unknown
     """
 
     def __init__(self, model: bytes, manifest: dict[str, Any]) -> None:
@@ -68,7 +68,8 @@ class Tokenizer:
         self.sentinel_ids = [i for name, i in self.special.items() if name.startswith("sentinel-")]
         self._characters: dict[str, int] | None = None
         if self.type == "char":
-            self._characters = {text.decode(): i for i, text in enumerate(self.token_bytes) if text}
+            first = len(self.special)
+            self._characters = {text.decode(): i for i, text in enumerate(self.token_bytes[first:], first)}
         else:
             self._space_mark_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
@@ -150,7 +151,7 @@ class Tokenizer:
     # Decoding
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; special tokens give nothing, bytes that are no UTF-8 give U+FFFD.
+        """Text of `ids`; special tokens give nothing, unknown and bytes that are no UTF-8 give U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -161,7 +162,7 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def _join(self, ids: Iterable[int]) -> bytes:
-        ids = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        ids = list(ids)
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             at = next(at for at, i in enumerate(ids) if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {ids[at]} at position {at} is outside the vocabulary of {self.vocab_size}")
@@ -231,9 +232,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """U+FFFD for a character left incomplete, else nothing; the decoder is then as new."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def check_unicode(text: str, name: str = "text") -> bytes:
@@ -267,12 +266,13 @@ def _starts_word(text: bytes) -> bool:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
-        intact = manifest["sha256"] == manifest_hash(manifest)
+        intact = manifest["sha256"] == manifest_hash(manifest) and {"type", "model_sha256"} <= manifest.keys()
+        later = manifest["format"] > FORMAT
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"{path} is damaged: it is no tokenizer manifest ({error!r}); restore the file") from None
     if not intact:
-        raise DamagedFile(f"{path} is damaged: its content does not match its own SHA-256; restore the file")
-    if manifest["format"] > FORMAT:
+        raise DamagedFile(f"{path} is damaged: its content is not what was written; restore the file")
+    if later:
         raise ValueError(f"{path} has format {manifest['format']}, this version reads up to {FORMAT}: update minillm")
     return manifest
 

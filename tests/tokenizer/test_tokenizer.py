@@ -197,8 +197,13 @@ def test_character_ids_are_in_the_order_of_code_points() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("ab漢", r"'漢' \(U\+6F22\) at offset 2"), ("▁", r"U\+2581\) at offset 0")]
+    ("text", "message"),
+    [("ab漢", r"'漢' \(U\+6F22\) at offset 2"), ("▁", r"U\+2581\) at offset 0"), ("\ufffd", "U\\+FFFD")],
 )
 def test_unseen_characters_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(["ab "], type="char").encode(text)
+
+
+def test_the_replacement_character_is_not_the_unknown_token() -> None:
+    assert train(["a\ufffd"], type="char").encode("\ufffd") == [6]

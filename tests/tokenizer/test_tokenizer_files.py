@@ -89,6 +89,13 @@ def test_what_is_no_model_is_refused_even_with_the_right_hash(folder: Path, mode
         Tokenizer.load(folder)
 
 
+def test_a_manifest_without_its_keys_is_refused(folder: Path) -> None:
+    for manifest in ({}, {"format": "1", "type": "bpe", "model_sha256": ""}, {"format": 1, "type": "bpe"}):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_hash(manifest)}))
+        with pytest.raises(DamagedFile, match=r"manifest\.json is damaged"):
+            Tokenizer.load(folder)
+
+
 def test_a_later_format_is_no_damage(folder: Path) -> None:
     write(folder, b"", format=2)
     with pytest.raises(ValueError, match="has format 2, this version reads up to 1") as refused:
