@@ -36,18 +36,23 @@ def row_delta(
 
 
 @jit
-def _weights(product, dp, lse, delta, position, s, q_id, kv_id, row, MASKED: tl.constexpr):
-    """p and ds of a tile, either way round: ds is the gradient of the scaled scores, before softcap."""
-    capped_score = capped(product, row)
-    score = biased(capped_score, position, s, row)
-    p = tl.exp2(score * row.factor - lse * 1.4426950408889634)  # log2 e
+def _weights(product, lse, position, s, q_id, kv_id, row, MASKED: tl.constexpr):
+    """p of a tile, either way round, and the scores as `capped` gives them."""
+    score = capped(product, row)
+    p = tl.exp2(biased(score, position, s, row) * row.factor - lse * 1.4426950408889634)  # log2 e
     if MASKED:
         p = tl.where(visible(position, s, q_id, kv_id, row), p, 0.0)
+    return p, score
+
+
+@jit
+def _score_gradient(p, score, dp, delta, row):
+    """ds of a tile: the gradient of the scaled scores, before softcap."""
     ds = p * (dp - delta)
     if row.softcap is not None:  # d (c tanh(x / c)) / dx = 1 - tanh²
-        ratio = capped_score / row.softcap
+        ratio = score / row.softcap
         ds *= 1 - ratio * ratio
-    return p, ds
+    return ds
 
 
 @jit
@@ -66,12 +71,14 @@ def _gather(
         q_id = tl.load(row.q_ids + t, inside, other=0)[None, :] if row.q_ids is not None else 0
         q = tile(q_ptr, q_t, block * BLOCK_M, row.queries, D, BLOCK_M, BLOCK_D, MASKED, WIDEN)
         do = tile(do_ptr, do_t, block * BLOCK_M, row.queries, D, BLOCK_M, BLOCK_D, MASKED, WIDEN)
-        lse = tl.load(lse_ptr + t, inside, other=float("inf"))[None, :]  # a row that is not there has no weights
-        delta = tl.load(delta_ptr + t, inside, other=0.0)[None, :]
+        # Each sum takes its tile before the next product starts: two at once would not fit into the registers.
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        p, ds = _weights(product, dp, lse, delta, position, s, q_id, kv_id, row, MASKED)
+        lse = tl.load(lse_ptr + t, inside, other=float("inf"))[None, :]  # a row that is not there has no weights
+        p, score = _weights(product, lse, position, s, q_id, kv_id, row, MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + t, inside, other=0.0)[None, :]
+        ds = _score_gradient(p, score, dp, delta, row)
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if dq_ptr is not None:
@@ -168,8 +175,9 @@ def _collect(
         k = tile(k_ptr, k_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
         v = tile(v_ptr, v_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p, score = _weights(product, lse, position, s, q_id, kv_id, row, MASKED)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        _, ds = _weights(product, dp, lse, delta, position, s, q_id, kv_id, row, MASKED)
+        ds = _score_gradient(p, score, dp, delta, row)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
