@@ -182,13 +182,13 @@ def compact(count: float) -> str:
     if abs(count) < 10_000:
         return f"{count:,.0f}"
     for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= power:
+        if abs(count) >= 0.99995 * power:  # 999,999 is 1.0 M, not 1000.0 k
             return f"{count / power:.1f} {letter}"
     raise AssertionError
 
 
 def duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
