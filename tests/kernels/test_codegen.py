@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, without a GPU: all compile, nothing spills, all fit, wgmma where it must be."""
+"""What the compiler makes of the kernels, without a GPU: nothing spills, all fit, wgmma where it must be."""
 
 import json
 from pathlib import Path
