@@ -1,0 +1,197 @@
+"""RMSNorm's kernel against its reference in fp64: widths, dtypes, residual, strides, extremes, compile, codegen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import rms_norm as module
+from kernels._launch import candidate, runs_triton
+from kernels.rms_norm import rms_norm, rms_norm_reference
+from tests.kernels.compare import DEVICES, DTYPES, compare, every, normal, pairwise, results
+
+EPS = 1e-6
+GRID = {
+    "rows": (1, 3, 9),
+    "width": (1, 3, 37, 128, 1000, 4097),  # around one block, two dtypes' vectors, and past a power of two
+    "dtype": DTYPES,
+    "residual": (False, True),
+    "scale": (1.0, 1e4, 1e-4),  # fp16 squares of 1e4 overflow, squares of 1e-4 vanish beside eps
+}
+
+
+def torchs(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = EPS
+) -> Tensor | tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    y = F.rms_norm(total, weight.shape, weight, eps)
+    return y if residual is None else (y, total)
+
+
+def terms(inputs: dict[str, Tensor], cotangents: list[Tensor]) -> dict[str, Tensor]:
+    x, w = inputs["x"], inputs["weight"]
+    total = x + inputs.get("residual", 0.0)
+    inv_rms = (total.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    dx = torch.stack([inv_rms * cotangents[0] * w, *(dy for dy in cotangents[1:])])
+    named = {"output 0": total * inv_rms * w, "d x": dx, "d weight": cotangents[0] * total * inv_rms}
+    return named | ({"output 1": x.abs() + inputs["residual"].abs(), "d residual": dx} if "residual" in inputs else {})
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, residual: bool, scale: float = 1.0, device: str = "cpu"):
+    inputs = {"x": normal(*shape) * scale, "weight": normal(shape[-1])}
+    if residual:
+        inputs["residual"] = normal(*shape) * scale
+    cotangents = [normal(*shape) for _ in range(1 + residual)]
+    return {k: v.to(device, dtype) for k, v in inputs.items()}, [dy.to(device, dtype) for dy in cotangents]
+
+
+def check(inputs: dict[str, Tensor], cotangents: list[Tensor]) -> None:
+    assert runs_triton(*inputs.values()), "the reference would be compared with itself"
+    compare(rms_norm, torchs, rms_norm_reference, inputs, cotangents, terms)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", pairwise(**GRID))
+def test_equals_the_reference(case: dict, device: str) -> None:
+    check(*tensors((case["rows"], case["width"]), case["dtype"], case["residual"], case["scale"], device))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", every(**GRID))
+def test_equals_the_reference_everywhere(case: dict, device: str) -> None:
+    check(*tensors((case["rows"], case["width"]), case["dtype"], case["residual"], case["scale"], device))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_rows_that_do_not_fit_into_registers(residual: bool) -> None:
+    check(*tensors((3, 33_000), torch.float32, residual))
+
+
+@pytest.mark.parametrize("block", [128, 512])
+def test_programs_that_walk_over_several_rows(block: int) -> None:
+    """With block 128 a row of 300 is shared by three programs, with 512 one program has two rows at once."""
+    backward = {"ROWS": 2, "BLOCK": block, "STAGES": 1, "PER_MULTIPROCESSOR": 1, "num_warps": 4}
+    forward = {"ROWS": 2, "BLOCK": block, "num_warps": 4}
+    with candidate("rms_norm_forward", forward), candidate("rms_norm_backward", backward):
+        check(*tensors((23, 300), torch.float32, True))
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (), (2, 3)])
+def test_leading_dimensions(leading: tuple[int, ...]) -> None:
+    check(*tensors((*leading, 37), torch.float32, True))
+
+
+def test_no_rows_give_zero_weight_gradients() -> None:
+    inputs, cotangents = tensors((0, 37), torch.bfloat16, False)
+    assert torch.equal(results(rms_norm, inputs, cotangents)["d weight"], torch.zeros(37, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded rows", "sliced", "unaligned", "every second feature"])
+def test_strides(layout: str) -> None:
+    x = {
+        "transposed": lambda: torch.randn(37, 6).t(),
+        "expanded rows": lambda: torch.randn(1, 37).expand(6, 37),
+        "sliced": lambda: torch.randn(6, 100)[:, 20:57],
+        "unaligned": lambda: torch.randn(6 * 37 + 1)[1:].view(6, 37),
+        "every second feature": lambda: torch.randn(6, 74)[:, ::2],
+    }[layout]()
+    inputs = {"x": x, "weight": torch.randn(74)[::2], "residual": torch.randn(37, 6).t()}
+    check(inputs, [torch.randn(37, 6).t(), torch.randn(1, 37).expand(6, 37)])
+
+
+def test_gradients_pass_through_cat_expand_and_transpose() -> None:
+    a, b, w = torch.randn(4, 3, 20), torch.randn(4, 1, 20), torch.randn(20)
+
+    def through(norm, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        y = norm(torch.cat((a, b.expand(4, 2, 20)), 1).transpose(0, 1), weight, eps=EPS)
+        return y.transpose(0, 1).flatten(1).sum(1, keepdim=True).expand(4, 2)  # a gradient without strides comes back
+
+    inputs, dy = {"a": a, "b": b, "weight": w}, torch.randn(4, 1).expand(4, 2)
+    got = results(lambda **i: through(rms_norm, **i), inputs, [dy])
+    exact = results(
+        lambda **i: through(rms_norm_reference, **i), {k: v.double() for k, v in inputs.items()}, [dy.double()]
+    )
+    for name in exact:
+        torch.testing.assert_close(got[name].double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_sum_is_used() -> None:
+    inputs, _ = tensors((3, 37), torch.float32, True)
+    x, r = inputs["x"].requires_grad_(), inputs["residual"].requires_grad_()
+    dtotal = torch.randn(3, 37)
+    dx, dr = torch.autograd.grad(rms_norm(x, inputs["weight"], residual=r)[1], (x, r), dtotal)
+    assert torch.equal(dx, dtotal) and torch.equal(dr, dtotal)
+
+
+def test_a_wider_residual_stream_keeps_its_dtype() -> None:
+    inputs, _ = tensors((3, 37), torch.float32, True)
+    inputs["x"] = inputs["x"].bfloat16()
+    check(inputs, [torch.randn(3, 37), torch.randn(3, 37)])
+    got = results(rms_norm, inputs, [torch.randn(3, 37), torch.randn(3, 37)])
+    assert [got[name].dtype for name in ("output 0", "output 1", "d x", "d residual")] == [
+        torch.float32, torch.float32, torch.bfloat16, torch.float32,
+    ]  # fmt: skip
+
+
+def test_nan_stays_in_its_row() -> None:
+    x = torch.randn(3, 37)
+    x[1, 5] = torch.nan
+    bad = rms_norm(x, torch.ones(37)).isnan()
+    assert bad[1].all() and not bad[[0, 2]].any()
+
+
+def test_weight_gradients_have_the_same_bits_each_time() -> None:
+    inputs, cotangents = tensors((50, 37), torch.float32, False)
+    first, *others = (results(rms_norm, inputs, cotangents)["d weight"] for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_is_a_sound_operator(residual: bool) -> None:
+    inputs, cotangents = tensors((3, 37), torch.float32, residual)
+    x, w, r = inputs["x"].requires_grad_(), inputs["weight"].requires_grad_(), inputs.get("residual")
+    torch.library.opcheck(module._rms_norm, (x, w, r, EPS))
+    inv_rms = torch.rand(3)
+    dtotal = cotangents[1] if residual else None
+    torch.library.opcheck(module._rms_norm_backward, (cotangents[0], dtotal, x.detach(), w.detach(), inv_rms))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    inputs, cotangents = tensors((3, 37), torch.float32, True)
+    compiled = torch.compile(lambda **i: rms_norm(**i), fullgraph=True, backend="aot_eager")
+    got, eager = results(compiled, inputs, cotangents), results(rms_norm, inputs, cotangents)
+    assert all(torch.equal(got[name], eager[name]) for name in eager)
+
+
+def test_fp64_takes_the_reference() -> None:
+    x, w = torch.randn(3, 37, dtype=torch.float64), torch.randn(37, dtype=torch.float64)
+    assert torch.equal(rms_norm(x, w), rms_norm_reference(x, w))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.ones(2, 0), "weight": torch.ones(0)}, "no features"),
+        ({"x": torch.ones(2, 4), "weight": torch.ones(3)}, r"weight must have shape \[4\]"),
+        ({"x": torch.ones(2, 4), "weight": torch.ones(4), "residual": torch.ones(4)}, "residual"),
+        ({"x": torch.ones(2, 4, dtype=torch.int64), "weight": torch.ones(4)}, "x has dtype torch.int64"),
+    ],
+)
+def test_refuses_what_does_not_fit(arguments: dict, message: str) -> None:
+    for norm in (rms_norm, rms_norm_reference):
+        with pytest.raises(ValueError, match=message):
+            norm(**arguments)
+
+
+def test_compiles_for_a_gpu(compile_ahead_of_time) -> None:
+    names = [
+        f"rms_norm_{kind}" for kind in ("forward/n1024/bfloat16", "backward/n1024/bfloat16", "row_means/n32768/float32")
+    ]
+    assert compile_ahead_of_time("kernels.rms_norm", "sm_90", *names) == names
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_shipped_configuration_compiles(compile_ahead_of_time, arch: str) -> None:
+    assert len(compile_ahead_of_time("kernels.rms_norm", arch)) == 60  # 9 widths × 3 dtypes × 2, and 2 × 3 row means
