@@ -19,15 +19,22 @@ def _gpt2(layers: int, heads: int, dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _qwen3(
-    layers: int, heads: int, kv_heads: int, head_dim: int, dim: int, hidden_dim: int, **other: Any
-) -> dict[str, Any]:
-    """The Llama family with QK-norm (Qwen3 technical report, table 1)."""
-    return {
-        "layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dim": dim, "context": 2048,
-        "attention": {"qk_norm": True}, "mlp": {"kind": "swiglu", "hidden_dim": hidden_dim},
-        "position": {"kind": "rope", "theta": 1e6}, "norm": {"kind": "rms", "eps": 1e-6}, **other,
-    }  # fmt: skip
+def _llama(layers: int, heads: int, dim: int, **other: Any) -> dict[str, Any]:
+    """The Llama family with QK-norm, as Qwen3 has it; what is not said follows (full heads, 8/3 · dim in the MLP)."""
+    return merge(
+        {
+            "layers": layers, "heads": heads, "dim": dim, "context": 2048,
+            "attention": {"qk_norm": True}, "mlp": {"kind": "swiglu"},
+            "position": {"kind": "rope"}, "norm": {"kind": "rms", "eps": 1e-6},
+        },
+        other,
+    )  # fmt: skip
+
+
+def _qwen3(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """Qwen3 technical report, table 1: heads of 128, wider together than the stream."""
+    sizes = {"kv_heads": 8, "head_dim": 128, "context": 40960, "vocab_size": 151936}
+    return _llama(28, 16, dim, **sizes, mlp={"hidden_dim": hidden_dim}, position={"theta": 1e6})
 
 
 _TINY = {"layers": 2, "heads": 4, "dim": 64, "context": 64}
@@ -48,12 +55,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2-large": _gpt2(36, 20, 1280),
     "gpt2-xl": _gpt2(48, 25, 1600),
     "gpt2-tiny": merge(_gpt2(2, 4, 64), {"context": 64, "vocab_size": 512}),
-    "llama-5m": _qwen3(6, 4, 4, 64, 256, 704, context=256),
-    "llama-30m": _qwen3(8, 8, 4, 64, 512, 1408, context=512),
-    "llama-125m": _qwen3(12, 12, 4, 64, 768, 2048, context=1024, vocab_size=32768),
-    "llama-350m": _qwen3(24, 16, 16, 64, 1024, 2816, vocab_size=32768),
-    "qwen3-0.6b": _qwen3(28, 16, 8, 128, 1024, 3072, context=40960, vocab_size=151936),
-    "qwen3-1.7b": _qwen3(28, 16, 8, 128, 2048, 6144, context=40960, vocab_size=151936),
+    "llama-5m": _llama(6, 4, 256, context=256),
+    "llama-30m": _llama(8, 8, 512, context=512),
+    "llama-125m": _llama(12, 12, 768, context=1024, kv_heads=4, vocab_size=32768),
+    "llama-350m": _llama(24, 16, 1024, vocab_size=32768, mlp={"hidden_dim": 2816}),
+    "qwen3-0.6b": _qwen3(1024, 3072),
+    "qwen3-1.7b": _qwen3(2048, 6144),
     "llama-tiny": merge(_TINY, {"kv_heads": 2, "attention": {"qk_norm": True}}),
     "bert-base": merge(_BERT, {"layers": 12, "heads": 12, "dim": 768, "context": 512, "vocab_size": 30522}),
     "bert-tiny": merge(_BERT, {**_TINY, "dropout": 0.0}),

@@ -16,6 +16,7 @@ from minillm.inference.sampling import Sampling
 from minillm.inference.stream import TextStream, stop_and_banned
 from minillm.loading import load
 from minillm.model.transformer import Transformer
+from minillm.training.plan import choose_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,8 +70,9 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.num)]
     streams_live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
+    device = choose_device(args.device).type
     model, tokenizer = load(args.model)
-    model = _place(model, args.device, args.dtype)
+    model = _place(model, device, args.dtype)
     _warn_of_long_prompts(prompts, model, tokenizer)
 
     tokens, start = 0, time.perf_counter()
@@ -108,7 +110,7 @@ def _continue(
     texts = [Text(prompt, "" if reads_source else prompt, TextStream(tokenizer, args.stop)) for prompt in prompts]
     stops, banned = stop_and_banned(tokenizer, model.config)
     begin = [tokenizer.document_id]
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
 
     def on_token(row: int, token: int) -> bool:
         text = texts[row]
@@ -191,7 +193,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 def _warn_of_long_prompts(prompts: list[str], model: Transformer, tokenizer: Any) -> None:
     context = model.config.context
-    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts) + 1
+    longest = max(len(_encode(tokenizer, prompt)) for prompt in prompts) + 1
     if longest > context and model.config.shape == "decoder":
         print(
             f"warning: a prompt has {longest} tokens, the model's context {context}: only its end is read",
@@ -199,12 +201,14 @@ def _warn_of_long_prompts(prompts: list[str], model: Transformer, tokenizer: Any
         )
 
 
+def _encode(tokenizer: Any, prompt: str) -> list[int]:
+    try:
+        return tokenizer.encode(prompt)
+    except ValueError as error:  # a character that a character-level tokenizer never saw, or half of one
+        raise UserError(f"the prompt {prompt[:40]!r} cannot be encoded: {error}") from error
+
+
 def _place(model: Transformer, device: str, dtype: str) -> Transformer:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    if not available[device]:
-        raise UserError(f"--device {device}: this machine has none; take --device auto or cpu")
     if dtype == "auto":
-        dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return model.to(device, DTYPES[dtype])

@@ -1,0 +1,136 @@
+"""What a run reads and how it shows what it learned: tokenizer, shards, objective, samples, made from its settings."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from minillm.config import Settings, UserError
+from minillm.data.batch import IGNORED
+from minillm.data.corpus import Masked, NextToken, SpanCorruption
+from minillm.data.loader import VALIDATION
+from minillm.data.shards import Shards, is_prepared, open_shards, prepare
+from minillm.data.sources import Source
+from minillm.data.split import plan
+from minillm.inference import showcase
+from minillm.loading import load_tokenizer
+from tokenizer import Tokenizer, train
+
+Sampler = Callable[[nn.Module, int], Iterable[dict[str, Any]]]
+
+
+def run_tokenizer(settings: Settings, source: Source, run: Path) -> Tokenizer:
+    """The run's tokenizer: as it stands in the run folder, else a given one, else one trained on the training text.
+
+    A character-level one takes its alphabet from all of the text, as nanoGPT does: it would refuse a character that
+    only the validation text has.
+    """
+    folder = run / "tokenizer"
+    if (folder / "manifest.json").is_file() and (folder / "tokenizer.model").is_file():
+        return load_tokenizer(folder)
+    given = settings.tokenizer.path or (source.prepared / "tokenizer" if source.prepared is not None else None)
+    if given is not None:
+        if not Path(given).is_dir():
+            raise UserError(f"{given} is no folder: prepared data needs its tokenizer; name it with --tokenizer.path")
+        tokenizer = load_tokenizer(given)
+    else:
+        split = plan(source, settings.data.validation)
+        everything = settings.tokenizer.type == "char"
+        texts = (piece.text for piece in split.pieces(source) if everything or not piece.held_out)
+        try:
+            tokenizer = train(
+                texts, type=settings.tokenizer.type, vocab_size=settings.tokenizer.vocab_size, seed=settings.seed
+            )
+        except ValueError as error:
+            raise UserError(f"{source.name}: {error} (--tokenizer.vocab-size N)") from error
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def run_shards(settings: Settings, source: Source, run: Path, tokenizer: Tokenizer) -> Shards:
+    """The run's token ids: those of a prepared folder, else those in the run folder, made first where they are not."""
+    folder = source.prepared or run / "data"
+    if source.prepared is None and not is_prepared(folder):
+        with tqdm(
+            total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None, file=sys.stderr
+        ) as bar:
+            shutil.rmtree(folder, ignore_errors=True)
+            prepare(
+                source,
+                folder,
+                encode=tokenizer.encode_batch,
+                tokenizer_hash=tokenizer.hash,
+                vocab_size=tokenizer.vocab_size,
+                document_id=tokenizer.document_id,
+                validation=settings.data.validation,
+                workers=settings.data.workers,
+                progress=lambda done, _: bar.update(done - bar.n),
+            )
+    return open_shards(
+        folder, tokenizer_hash=tokenizer.hash, vocab_size=settings.model.vocab_size or tokenizer.vocab_size
+    )
+
+
+def run_objective(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked | SpanCorruption:
+    """What is predicted, with the tokenizer's special ids."""
+    data = settings.data
+    if settings.objective == "next-token":
+        return NextToken(document_id=tokenizer.document_id, separate=data.separate)
+    if settings.objective == "masked":
+        return Masked(
+            document_id=tokenizer.document_id,
+            mask_id=tokenizer.mask_id,
+            special=sorted(tokenizer.special.values()),
+            vocab_size=tokenizer.vocab_size,
+            rate=data.mask_rate,
+            separate=data.separate,
+            word_starts=tokenizer.word_starts if data.whole_words else None,
+        )
+    return SpanCorruption(
+        document_id=tokenizer.document_id,
+        end_id=tokenizer.end_id,
+        sentinel_ids=tokenizer.sentinel_ids,
+        rate=data.mask_rate,
+        span_length=data.span_length,
+    )
+
+
+def run_sampler(settings: Settings, tokenizer: Tokenizer, shards: Shards, source: Source) -> Sampler:
+    """(model, step) -> sample events: the same prompt each time, so that they can be compared."""
+    tokens = settings.train.sample_tokens
+    if settings.objective == "next-token":
+        prompt = settings.train.sample_prompt
+        if prompt is None and source.name in ("stdlib", "installed"):
+            return lambda model, step: [showcase.functions(model, tokenizer, tokens)]
+        prompt = _first_line(shards) if prompt is None else prompt
+
+        def continues(model: nn.Module, step: int) -> list[dict[str, Any]]:
+            text = showcase.continuation(model, tokenizer, prompt, tokens)[0]
+            return [{"prompt": prompt, "text": text, "parses": None, "tried": 1}]
+
+        return continues
+
+    objective = run_objective(settings, tokenizer)
+    length = min(objective.sizes(settings.model.context)[1], len(shards.val), 96)
+    window = shards.val.window(len(shards.val) // 2, length)
+    batch = objective.batch(window[None], np.array([length]), np.array([0]), seed=VALIDATION)
+
+    def fills(model: nn.Module, step: int) -> list[dict[str, Any]]:
+        if batch.source is None:
+            text = showcase.filled_masks(model, tokenizer, batch.ids[0], batch.targets[0], IGNORED)
+        else:
+            text = showcase.filled_spans(model, tokenizer, batch.source[0].tolist(), batch.ids.shape[1])
+        return [{"prompt": tokenizer.decode(window.tolist()), "text": text, "parses": None, "tried": 1}]
+
+    return fills
+
+
+def _first_line(shards: Shards) -> str:
+    """What the validation text begins with, up to the end of its first line that says something."""
+    text = next(iter(shards.val_text()))[:200].decode("utf-8", errors="ignore").lstrip()
+    return text.split("\n", 1)[0][:60]

@@ -1,0 +1,221 @@
+"""`minillm train`, and `python train.py`: pretrains a language model, from text to report, or goes on with a run.
+
+With no argument it learns from the Python standard library's own source, for about five minutes on a CPU.
+"""
+
+import dataclasses
+import json
+import sys
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from minillm import presets
+from minillm.config import Settings, UserError, from_dict
+from minillm.training.signals import Signals, Stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(Settings):
+    """Options of a new run; `--preset NAME` and `--config FILE` change what the others begin with."""
+
+    source: Annotated[str, tyro.conf.arg(name="data")] = "stdlib"
+    """stdlib (the Python standard library's source), installed (that and the installed packages'), a file, a folder
+    of text, or a folder of prepared shards."""
+    out: str | None = None
+    """Folder of the run. None: runs/<preset>-<data>."""
+    overwrite: bool = False
+    """Replace the run that --out holds."""
+    config: str | None = None
+    """TOML or JSON file of settings, over the preset's and under the command line's."""
+    log: str | None = None
+    """Trackers besides metrics.jsonl, separated by commas: tb, wandb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Options with which a run can go on; everything else stands in its config.json."""
+
+    resume: str
+    """Folder of the run."""
+    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
+    log: str | None = None
+    steps: int | None = None
+    """Another end for the run; its schedule is stretched or shortened."""
+
+
+def main(argv: list[str]) -> int:
+    with Signals() as signals:
+        try:
+            if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
+                return _resume(tyro.cli(Resume, prog="train.py", description=__doc__, args=argv), signals)
+            return _start(_parse(argv), signals)
+        except Stopped as stopped:
+            _say(f"{stopped} before the first step; the same command begins again, --resume goes on")
+            return stopped.code
+
+
+def _parse(argv: list[str]) -> Args:
+    """Preset, then --config, then the command line."""
+    over = _read_config_file(path) if (path := _option(argv, "config")) else {}
+    base = presets.preset(_option(argv, "preset") or over.get("preset") or "default")
+    for length, other in (("steps", "minutes"), ("minutes", "steps")):
+        given = _option(argv, length) is not None
+        if given and _option(argv, other) is not None:
+            raise UserError("--steps and --minutes contradict each other: give one of them")
+        if given or over.get(length) is not None:  # the preset's own length gives way
+            base = {**base, other: None}
+            over = {name: value for name, value in over.items() if not (given and name == other)}
+    default = from_dict(Settings, presets.merge(base, over))
+    fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(Settings)}
+    return tyro.cli(Args, prog="train.py", description=__doc__, default=Args(**fields), args=argv)
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """The value of --name in argv, before it is parsed."""
+    for i, arg in enumerate(argv):
+        if arg.startswith(f"--{name}="):
+            return arg.split("=", 1)[1]
+        if arg == f"--{name}":
+            return argv[i + 1] if i + 1 < len(argv) else None
+    return None
+
+
+def _read_config_file(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: there is no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is no {'JSON' if path.endswith('.json') else 'TOML'}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must be a table of settings")
+    return values
+
+
+def _start(args: Args, signals: Signals) -> int:
+    """A new run: its folder and config.json first, so that whatever follows can be resumed."""
+    from minillm.data.sources import open_source
+    from minillm.training.pretrain import run_config
+    from minillm.training.run import new_run, write_json
+
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    trackers = _trackers(args.log)
+    source = open_source(settings.source)
+    name = Path(settings.source).name if Path(settings.source).exists() else settings.source
+    run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
+    config = run_config(settings)
+    write_json(run / "config.json", config)
+    return _run(settings, source, run, config, trackers, signals, resume_from=None)
+
+
+def _resume(args: Resume, signals: Signals) -> int:
+    """Goes on from the newest valid checkpoint, or from the start where there is none yet."""
+    from minillm.data.sources import open_source
+    from minillm.training import checkpoint
+    from minillm.training.run import read_config, read_metrics
+
+    run = Path(args.resume)
+    config = read_config(run)
+    settings = from_dict(Settings, config["settings"])
+    ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
+    if ends and (args.steps is None or args.steps <= ends[-1]["step"]):
+        _say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
+        return 0
+    settings = replace(settings, device=args.device or settings.device)
+    if args.steps is not None:
+        settings = replace(settings, steps=args.steps, minutes=None)
+    folder = checkpoint.newest_valid(run, lambda line: _say(f"warning: {line}"))
+    where = folder.name if folder is not None else "the start: it has no checkpoint yet"
+    _say(f"{run} goes on from {where}")
+    source = open_source(settings.source)
+    return _run(settings, source, run, config, _trackers(args.log), signals, resume_from=folder)
+
+
+def _run(
+    settings: Settings,
+    source: Any,
+    run: Path,
+    config: dict[str, Any],
+    trackers: tuple[str, ...],
+    signals: Signals,
+    *,
+    resume_from: Path | None,
+) -> int:
+    """Tokenizer, shards, model, loop, report."""
+    from minillm import preflight
+    from minillm.commands.announce import baselines_text, plan_text
+    from minillm.commands.corpus import run_objective, run_sampler, run_shards, run_tokenizer
+    from minillm.data.shards import corpus_hash
+    from minillm.training.loop import TrainingFailed
+    from minillm.training.plan import choose_dtype
+    from minillm.training.pretrain import Pretraining, pretrain, resolved
+    from minillm.training.report import write_report
+    from minillm.training.run import write_json
+
+    found = corpus_hash(source)
+    if config.get("corpus", {}).get("hash", found) != found:
+        raise UserError(
+            f"the text of {settings.source} has changed since {run} began; restore it, or start a new run with --out"
+        )
+    tokenizer = run_tokenizer(settings, source, run)
+    settings = resolved(settings, tokenizer.vocab_size)
+    shards = run_shards(settings, source, run, tokenizer)
+    config.update(settings=dataclasses.asdict(settings), corpus=shards.info)
+    write_json(run / "config.json", config)
+
+    def micro_batch(model: Any, device: Any) -> int:
+        return preflight.micro_batch(settings, device=device, dtype=choose_dtype(settings, device))
+
+    work = Pretraining(
+        settings=settings,
+        run=run,
+        shards=shards,
+        objective=run_objective(settings, tokenizer),
+        config=config,
+        micro_batch=micro_batch,
+        sample=run_sampler(settings, tokenizer, shards, source),
+        say=_say,
+        show_plan=lambda plan: _say(plan_text(settings, plan, shards.info)),
+        show_baselines=lambda values: _say(baselines_text(values)),
+        log=trackers,
+    )
+    try:
+        outcome = pretrain(work, signals, resume_from=resume_from)
+    except TrainingFailed as failure:
+        print(f"error: {failure}\nreport: {write_report(run)}", file=sys.stderr)
+        return 1
+    report = write_report(run)
+    if outcome.code == 0:
+        _conclude(run, config, report)
+    return outcome.code
+
+
+def _conclude(run: Path, config: dict[str, Any], report: Path) -> None:
+    """The verdict, where the report is, and what to do next: the result of a run, on stdout."""
+    from minillm.training.run import read_metrics
+    from minillm.training.verdict import next_commands, verdict
+
+    metrics = read_metrics(run)
+    print("\n".join(verdict(config, metrics)))
+    print(f"\nreport: {report}\n\nnext:")
+    for command, reason in next_commands(run, config, metrics):
+        print(f"  {command:<60} {reason}")
+
+
+def _trackers(log: str | None) -> tuple[str, ...]:
+    from minillm.training.monitor import TRACKERS
+
+    names = tuple(name.strip() for name in log.split(",")) if log else ()
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--log {name}: there are {', '.join(TRACKERS)}")
+    return names
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

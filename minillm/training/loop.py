@@ -1,0 +1,333 @@
+"""The one loop: everything that trains goes through `train`.
+
+A step is forward, backward (for each micro-batch), clip, step. Between steps come the chores: validation, a sample,
+a checkpoint. What the loop knows besides weights and optimizer stands in `Progress`, and all of it is saved, so that
+a run that is killed and resumed writes the same numbers as one that was not.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minillm.config import Settings, UserError
+from minillm.data.batch import Batch
+from minillm.training import checkpoint
+from minillm.training.monitor import Monitor
+from minillm.training.nonfinite import locate
+from minillm.training.objectives import Evaluation, Objective, evaluate
+from minillm.training.optim import add_penalties, gradient_norm, set_learning_rate
+from minillm.training.plan import Plan
+from minillm.training.run import cut_metrics
+from minillm.training.signals import Signals, Stopped
+
+
+class TrainingFailed(Exception):
+    """A step met NaN or Inf; the weights are those before it."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    chores_done: bool = False
+    """Whether validation and samples of `step` are behind us."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse: int = 0
+    """Validations since the best one."""
+    loss_sum: float = 0.0
+    """Since the last line of the log, as the next three."""
+    targets: int = 0
+    line_tokens: int = 0
+    line_seconds: float = 0.0
+
+
+@dataclass
+class Job:
+    """What is to be trained, and with what; `pretrain` puts it together."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    settings: Settings
+    plan: Plan
+    objective: Objective
+    batch: Callable[[int], Batch]
+    """Step -> all rows of it; a pure function, so that a resumed run reads on where the first one stopped."""
+    validation: Callable[[], Iterable[Batch]]
+    run: Path
+    config: dict[str, Any]
+    """What checkpoints keep as config.json."""
+    train_bits: float | None
+    """Bits per byte for each nat per token, of the training text and of the validation text; None: not defined."""
+    val_bits: float | None
+    samples_per_epoch: int
+    sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]] | None = None
+    """(model, step) -> events to write; must leave torch's global generator alone."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    reason: str
+    """finished, early stop, or signal"""
+    code: int
+    progress: Progress
+
+
+def precision(plan: Plan) -> Callable[[], AbstractContextManager]:
+    """The context in which matrix products run in plan.dtype."""
+    if plan.dtype == "fp32":
+        return nullcontext
+    return partial(torch.autocast, plan.device, torch.bfloat16 if plan.dtype == "bf16" else torch.float16)
+
+
+class Loop:
+    def __init__(self, job: Job, monitor: Monitor, signals: Signals, progress: Progress, scaler: torch.amp.GradScaler):
+        self.job, self.monitor, self.signals, self.progress, self.scaler = job, monitor, signals, progress, scaler
+        self.parameters = [p for p in job.model.parameters() if p.requires_grad]
+        self.precision = precision(job.plan)
+        self.saved: int | None = progress.step if progress.step else None
+        self.random = _random_state()  # after the last finished step
+
+    def run(self) -> Outcome:
+        job, progress, plan = self.job, self.progress, self.job.plan
+        job.model.train()
+        try:
+            while True:
+                self._chores()
+                patience = job.settings.train.patience
+                stop_early = patience is not None and progress.worse >= patience
+                if progress.step >= plan.steps or stop_early:
+                    break
+                self._step()
+                if progress.step % plan.log_every == 0 or progress.step == plan.steps:
+                    self._log()
+                self.monitor.advance()
+        except Stopped as stopped:
+            self._save_after_signal()
+            self._end("signal")
+            return Outcome("signal", stopped.code, progress)
+        reason = "early stop" if progress.step < plan.steps else "finished"
+        if job.settings.train.patience is not None and progress.best_step not in (None, progress.step):
+            self._restore_best()
+        self._end(reason)
+        return Outcome(reason, 0, progress)
+
+    def _step(self) -> None:
+        """One optimizer step: forward and backward for each micro-batch, clip, step."""
+        job, progress = self.job, self.progress
+        batch = job.batch(progress.step).to(torch.device(job.plan.device))
+        counted = batch.counted
+        lr = set_learning_rate(job.optimizers, progress.step, job.plan.steps, job.settings.optim)
+
+        for optimizer in job.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=batch.ids.device)
+        for micro in batch.split(job.plan.micro_batch):
+            with self.precision():
+                loss = job.objective(job.model, micro)
+            # Each part weighs by its tokens: the sum over micro-batches is the mean over the whole batch.
+            self.scaler.scale(loss / max(1, counted)).backward()
+            total += loss.detach()
+            self.signals.poll()
+        for optimizer in job.optimizers:
+            self.scaler.unscale_(optimizer)
+        add_penalties(job.model, job.settings.optim)
+        norm = gradient_norm(self.parameters)
+        mean = total.item() / max(1, counted)
+        # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale.
+        if not math.isfinite(mean) or not (self.scaler.is_enabled() or norm.isfinite()):
+            self._fail("gradient" if math.isfinite(mean) else "loss", batch)
+        if job.settings.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, job.settings.optim.clip, norm)
+        for optimizer in job.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+        self.lr, self.norm = lr, norm.item()
+        progress.step += 1
+        progress.chores_done = False
+        progress.tokens += batch.ids.numel()
+        progress.line_tokens += batch.ids.numel()
+        progress.loss_sum += mean * counted
+        progress.targets += counted
+        self.random = _random_state()
+
+    def _log(self) -> None:
+        progress, seconds = self.progress, self.monitor.seconds
+        loss = progress.loss_sum / max(1, progress.targets)
+        self.monitor.line(
+            "train",
+            step=progress.step,
+            tokens=progress.tokens,
+            loss=loss,
+            bits_per_byte=_times(loss, self.job.train_bits),
+            lr=self.lr,
+            grad_norm=self.norm,
+            tokens_per_second=progress.line_tokens / max(1e-9, seconds - progress.line_seconds),
+            targets=progress.targets,
+            epoch=progress.step * self.job.settings.train.batch / self.job.samples_per_epoch,
+        )
+        progress.loss_sum, progress.targets, progress.line_tokens = 0.0, 0, 0
+        progress.line_seconds = seconds
+
+    def _chores(self) -> None:
+        """What is due after `progress.step` steps: validation, samples, a checkpoint."""
+        job, progress, plan = self.job, self.progress, self.job.plan
+        last = progress.step == plan.steps
+        if not progress.chores_done:
+            before = self.monitor.seconds
+            if last or progress.step % plan.eval_every == 0:
+                self._validate()
+            if job.sample is not None and progress.step in (0, math.ceil(plan.steps / 4), plan.steps):
+                for event in job.sample(job.model, progress.step):
+                    self.monitor.event("sample", step=progress.step, **event)
+                    self.monitor.say(f"\n--- sample after {progress.step} steps ---\n{event['text']}\n---")
+            progress.line_seconds += self.monitor.seconds - before  # the log's tokens/s is that of training alone
+            progress.chores_done = True
+        wanted = self.signals.save or last or (progress.step > 0 and progress.step % plan.save_every == 0)
+        improved = job.settings.train.patience is not None and progress.best_step == progress.step
+        if (wanted or improved) and progress.step > 0:
+            self._save()
+        self.signals.poll()
+
+    def _validate(self) -> None:
+        progress = self.progress
+        result: Evaluation = evaluate(self.job.model, self.job.validation(), self.precision, self.signals.poll)
+        if progress.step > 0:
+            self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms())
+        self.monitor.line(
+            "val",
+            step=progress.step,
+            tokens=progress.tokens,
+            loss=result.loss,
+            bits_per_byte=_times(result.loss, self.job.val_bits),
+            targets=result.targets,
+        )
+        if progress.best_loss is None or result.loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = result.loss, progress.step, 0
+        else:
+            progress.worse += 1
+
+    def _layer_norms(self) -> dict[str, float]:
+        """Gradient norm of each half-block in the last step, after clipping."""
+        squares: dict[str, float] = {}
+        for name, p in self.job.model.named_parameters():
+            if p.grad is not None:
+                parts = name.split(".")
+                layer = ".".join(parts[:4]) if "blocks" in parts else parts[0]
+                squares[layer] = squares.get(layer, 0.0) + p.grad.float().square().sum().item()
+        return {name: math.sqrt(square) for name, square in squares.items()}
+
+    def _save(self) -> None:
+        progress = self.progress
+        self.signals.save = False
+        if self.saved == progress.step:
+            return
+        progress.seconds = self.monitor.seconds
+        state = {
+            "progress": asdict(progress),
+            "optimizers": [optimizer.state_dict() for optimizer in self.job.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "random": _random_state(),
+        }
+        checkpoint.save(
+            self.job.run,
+            progress.step,
+            weights=self.job.model.state_dict(),
+            state=state,
+            config=self.job.config,
+            tokenizer=self.job.run / "tokenizer",
+            keep=self.job.settings.train.keep,
+            best=progress.best_step,
+        )
+        self.saved = progress.step
+
+    def _save_after_signal(self) -> None:
+        """Saves the last finished step: the random state goes back to where the unfinished one began."""
+        if not self.progress.step:
+            return
+        _set_random_state(self.random)
+        self._save()
+        self.monitor.say(f"saved step {self.progress.step}; go on with: python train.py --resume {self.job.run}")
+
+    def _restore_best(self) -> None:
+        """Puts the best weights back, as the last checkpoint of the run."""
+        progress = self.progress
+        folder = checkpoint.resolve(self.job.run / "checkpoints" / f"step-{progress.best_step}")
+        self.job.model.load_state_dict(checkpoint.load_weights(folder))
+        self.monitor.say(f"restored the best weights, those of step {progress.best_step}")
+        self.saved = None
+        self._save()
+
+    def _fail(self, what: str, batch: Batch) -> None:
+        layer, samples = locate(self.job.model, batch, self.job.objective)
+        step = self.progress.step + 1
+        self.monitor.event("nonfinite", step=step, what=what, layer=layer, samples=samples)
+        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+        raise TrainingFailed(
+            f"step {step}: the {what} is not finite, first at {layer}, samples {shown}; the weights are unchanged. "
+            f"Lower --optim.lr, or look closer with: minillm doctor {self.job.run}"
+        )
+
+    def _end(self, reason: str) -> None:
+        progress = self.progress
+        best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
+        self.monitor.event("end", step=progress.step, seconds=self.monitor.seconds, reason=reason, **best)
+
+
+def train(job: Job, signals: Signals, *, log: tuple[str, ...] = (), resume_from: Path | None = None) -> Outcome:
+    """Trains to the end of the plan, from the start or from a checkpoint folder.
+
+    Raises `TrainingFailed` for NaN or Inf, `UserError` where the checkpoint does not fit the job.
+    """
+    progress, scaler = Progress(), torch.amp.GradScaler(job.plan.device, enabled=job.plan.dtype == "fp16")
+    if resume_from is not None:
+        progress = _load(job, scaler, resume_from)
+    cut_metrics(job.run, progress.step, chores_done=progress.chores_done)
+    monitor = Monitor(job.run, job.plan.steps, log=log, seconds=progress.seconds, step=progress.step)
+    signals.careful = True
+    try:
+        return Loop(job, monitor, signals, progress, scaler).run()
+    finally:
+        signals.careful = False
+        monitor.close()
+
+
+def _load(job: Job, scaler: torch.amp.GradScaler, folder: Path) -> Progress:
+    state = checkpoint.load_state(folder)
+    try:
+        job.model.load_state_dict(checkpoint.load_weights(folder))
+        for optimizer, values in zip(job.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        scaler.load_state_dict(state["scaler"])
+        _set_random_state(state["random"])
+        return Progress(**state["progress"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _times(loss: float, bits: float | None) -> float | None:
+    return None if bits is None else loss * bits

@@ -1,0 +1,68 @@
+"""Which optimizer moves which weights.
+
+Weight decay falls on matrices and embeddings only: a norm's weight or a bias shrunk towards zero loses its meaning.
+Muon (Jordan et al. 2024) takes the matrices inside the blocks, whose update it makes orthogonal; embeddings, output
+matrix, norms and biases stay with AdamW.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minillm.config import OptimConfig
+from minillm.training.schedules import learning_rate
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two with Muon; only weights that require gradients are theirs."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if config.name == "muon" and p.ndim == 2 and ".blocks." in name]
+    taken = {id(p) for p in hidden}
+    matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [_build(config, [group for group in groups if group["params"]])]
+    if hidden:
+        muon = torch.optim.Muon(
+            hidden,
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn="original",
+        )
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def _build(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int, config: OptimConfig) -> float:
+    """Sets every group to its share of its peak for the coming step; returns the first group's rate."""
+    share = learning_rate(step, steps, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+    return optimizers[0].param_groups[0]["lr"]
+
+
+@torch.no_grad()
+def add_penalties(model: nn.Module, config: OptimConfig) -> None:
+    """Adds the gradients of l1 · Σ|w| and l2 / 2 · Σw² over the matrices."""
+    if not (config.l1 or config.l2):
+        return
+    for p in model.parameters():
+        if p.ndim >= 2 and p.grad is not None:
+            p.grad.add_(config.l1 * p.sign() + config.l2 * p)
+
+
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """Norm of all gradients together, in fp32."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,0 +1,162 @@
+"""What a run will do, decided before its first step: device, precision, threads, and how many steps fit the time.
+
+Everything that was decided or measured here goes into config.json, and a resumed run takes it from there. All choices
+but one are a function of the machine and the settings alone; the steps that `--minutes` becomes are measured.
+"""
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minillm import ops
+from minillm.config import Settings, UserError
+from minillm.data.batch import Batch
+from minillm.training.objectives import Objective
+from minillm.training.optim import build_optimizers
+
+BF16_WIDTH = 192
+"""Narrower models spend their time between the matrix products, where bf16 only adds conversions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    device: str
+    dtype: str
+    kernels: str
+    compile: bool
+    threads: int
+    micro_batch: int
+    steps: int
+    eval_every: int
+    save_every: int
+    log_every: int
+    seconds_per_step: float | None
+    """Measured before the run; None where it was not (a number of steps was given)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises `UserError` for a device that this machine does not have."""
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has[name]:
+        found = ", ".join(kind for kind, there in has.items() if there)
+        raise UserError(f"--device {name}: this machine has none (it has: {found}); take --device auto")
+    return torch.device(name)
+
+
+def choose_dtype(settings: Settings, device: torch.device) -> str:
+    """bf16 where the hardware multiplies it and the model is wide enough to gain, else fp32."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu" and settings.model.dim >= BF16_WIDTH and cpu_multiplies_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has bf16 matrix instructions (AVX512_BF16 or AMX); without them bf16 is emulated."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_plan(
+    settings: Settings,
+    *,
+    model: nn.Module,
+    device: torch.device,
+    micro_batch: int,
+    objective: Objective,
+    batch: Callable[[int], Batch],
+    validation_rows: int,
+    poll: Callable[[], None],
+) -> Plan:
+    """Decides what the settings left open.
+
+    Args:
+        validation_rows: rows of one whole validation, whose time `--minutes` includes.
+        poll: called between measured steps; may raise.
+    """
+    dtype = choose_dtype(settings, device)
+    steps, seconds = settings.steps, None
+    if steps is None:
+        if settings.minutes is None:
+            raise UserError("give the length of the run: --steps N or --minutes M")
+        seconds, for_validation = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll)
+        validations = 6 * validation_rows * for_validation  # one at the start, and one after each fifth
+        steps = max(1, int((60 * settings.minutes - validations) / seconds))
+    train = settings.train
+    eval_every = train.eval_every or max(1, math.ceil(steps / (5 if settings.minutes else 10)))
+    return Plan(
+        device=device.type,
+        dtype=dtype,
+        kernels=ops.selected(device)[0],
+        compile=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
+        threads=torch.get_num_threads(),
+        micro_batch=micro_batch,
+        steps=steps,
+        eval_every=eval_every,
+        save_every=train.save_every or eval_every,
+        log_every=train.log_every or max(1, steps // 100),
+        seconds_per_step=seconds,
+    )
+
+
+def _measure(
+    settings: Settings,
+    model: nn.Module,
+    device: torch.device,
+    dtype: str,
+    micro_batch: int,
+    objective: Objective,
+    batch: Callable[[int], Batch],
+    poll: Callable[[], None],
+) -> tuple[float, float]:
+    """Seconds of a training step, and of the forward pass of one row; on a copy, so that nothing has moved after."""
+    trial = copy.deepcopy(model)
+    optimizers = build_optimizers(trial, settings.optim)
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    rows = batch(0).to(device)
+
+    def forward(part: Batch) -> torch.Tensor:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            return objective(trial, part) / max(1, rows.counted)
+
+    def step() -> None:
+        for micro in rows.split(micro_batch):
+            forward(micro).backward()
+            poll()
+        torch.nn.utils.clip_grad_norm_(trial.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def seconds(work: Callable[[], object], at_least: int, budget: float) -> float:
+        """Median of several runs, the first one (allocation, code generation) left out."""
+        times: list[float] = []
+        while len(times) <= at_least or (sum(times) < budget and len(times) < 50):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times[1:])[len(times[1:]) // 2]
+
+    budget = min(8.0, 2.0 * (settings.minutes or 1.0))  # never more than a small part of the time that is planned
+    training = seconds(step, 3, budget)
+    with torch.no_grad():
+        part = next(rows.split(micro_batch))
+        scoring = seconds(lambda: forward(part), 2, budget / 4)
+    return training, scoring / len(part.samples)

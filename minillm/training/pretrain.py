@@ -1,0 +1,181 @@
+"""Pretraining: a model, its text and the one loop, put together.
+
+shards -> loader -> batches        settings -> model, optimizers -> plan -> loop
+"""
+
+import math
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minillm import ops
+from minillm.config import Settings, UserError, to_dict
+from minillm.data.batch import Batch
+from minillm.data.loader import Loader, validation
+from minillm.data.shards import Shards
+from minillm.evaluation.baselines import baselines
+from minillm.model.transformer import Transformer
+from minillm.training.loop import Job, Outcome, train
+from minillm.training.objectives import training_objective
+from minillm.training.optim import build_optimizers
+from minillm.training.plan import Plan, choose_device, cores, make_plan
+from minillm.training.run import Metrics, read_metrics, write_json
+from minillm.training.signals import Signals
+
+VALIDATION_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What the composition root hands over."""
+
+    settings: Settings
+    """With model.vocab_size filled in."""
+    run: Path
+    shards: Shards
+    objective: Any
+    """What is to be predicted: one of minillm/data/corpus.py."""
+    config: dict[str, Any]
+    """config.json as far as it is known; the plan is added."""
+    micro_batch: Callable[[Transformer, torch.device], int]
+    """How many rows fit the device's memory at once."""
+    sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]] | None
+    say: Callable[[str], None]
+    show_plan: Callable[[Plan], None]
+    show_baselines: Callable[[dict[str, Any]], None]
+    log: tuple[str, ...] = ()
+
+
+def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = None) -> Outcome:
+    """Plans (or takes the plan that config.json holds), scores the baselines, trains."""
+    settings, run = work.settings, work.run
+    device = choose_device(settings.device)
+    torch.set_num_threads(settings.train.threads or work.config.get("plan", {}).get("threads") or cores())
+    ops.select(settings.kernels)
+    torch.manual_seed(settings.seed)
+    model = Transformer(settings.model).to(device)
+    for stack in (model.encoder, model.decoder):
+        if stack is not None:
+            stack.checkpoint_activations = settings.train.checkpoint_activations
+
+    loader = Loader(work.shards.train, work.objective, context=settings.model.context, seed=settings.seed)
+    rows = settings.train.batch
+
+    def batch(step: int) -> Batch:
+        return loader.batch(step * rows, rows)
+
+    def validate() -> Iterable[Batch]:
+        part = validation(work.shards.val, work.objective, context=settings.model.context, rows=VALIDATION_ROWS)
+        return (each.to(device) for each in part)
+
+    objective = training_objective(settings.train)
+    plan = _plan(work, model, device, batch, objective, signals)
+    if plan.compile:
+        objective = _compiled(objective, model, batch(0).to(device), work.say)
+    work.show_plan(plan)
+    _write_baselines(work)
+
+    torch.manual_seed(settings.seed + 1)  # dropout's stream, whatever planning drew
+    info, next_token = work.shards.info, settings.objective == "next-token"
+    job = Job(
+        model=model,
+        optimizers=build_optimizers(model, settings.optim),
+        settings=settings,
+        plan=plan,
+        objective=objective,
+        batch=batch,
+        validation=validate,
+        run=run,
+        config=work.config,
+        train_bits=info["train_tokens"] / info["train_bytes"] / math.log(2) if next_token else None,
+        val_bits=info["val_targets"] / info["val_bytes"] / math.log(2) if next_token else None,
+        samples_per_epoch=loader.samples_per_epoch,
+        sample=work.sample,
+    )
+    return train(job, signals, log=work.log, resume_from=resume_from)
+
+
+def _plan(work: Pretraining, model: Transformer, device, batch, objective, signals: Signals) -> Plan:
+    """The plan that config.json holds, or a new one, written there before anything else happens."""
+    known = work.config.get("plan")
+    if known is not None:
+        plan = Plan(**{**known, "steps": work.settings.steps or known["steps"], "device": device.type})
+    else:
+        rows = -(-len(work.shards.val) // work.settings.model.context)
+        plan = make_plan(
+            work.settings,
+            model=model,
+            device=device,
+            micro_batch=work.settings.train.micro_batch or work.micro_batch(model, device),
+            objective=objective,
+            batch=batch,
+            validation_rows=rows,
+            poll=signals.poll,
+        )
+    work.config["plan"] = asdict(plan)
+    write_json(work.run / "config.json", work.config)
+    return plan
+
+
+def _compiled(objective, model: nn.Module, batch: Batch, say: Callable[[str], None]):
+    """torch.compile of the objective, or the objective itself, with one line, where no compiler works."""
+    compiled = torch.compile(objective)
+    try:
+        compiled(model, batch).backward()
+    except Exception as error:  # inductor, dynamo and the C++ toolchain raise without a common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        say(f"warning: torch.compile does not work here ({reason[:160]}); training without it")
+        return objective
+    finally:
+        model.zero_grad(set_to_none=True)
+    return compiled
+
+
+def _write_baselines(work: Pretraining) -> None:
+    """The first line of metrics.jsonl; a resumed run has it already."""
+    if any(event.get("event") == "baselines" for event in read_metrics(work.run)):
+        return
+    info = work.shards.info
+    values: dict[str, Any] = {"event": "baselines", "val_bytes": info["val_bytes"], "val_targets": info["val_targets"]}
+    if work.settings.objective == "next-token":
+        values = baselines(
+            work.shards.train,
+            work.shards.val,
+            vocab_size=work.settings.model.vocab_size,
+            val_bytes=info["val_bytes"],
+            val_text=work.shards.val_text(),
+        )
+    metrics = Metrics(work.run)
+    metrics.write(**values)
+    metrics.close()
+    work.show_baselines(values)
+
+
+def run_config(settings: Settings) -> dict[str, Any]:
+    """config.json of a new run, before its data is known."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"format": 1, "settings": to_dict(settings), "versions": versions}
+
+
+def resolved(settings: Settings, vocab_size: int) -> Settings:
+    """The settings with everything that follows from the others filled in."""
+    model = settings.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size ({model.vocab_size}) is smaller than the tokenizer's vocabulary ({vocab_size}); "
+            "leave it out, or train a smaller tokenizer with --tokenizer.vocab-size"
+        )
+    model = replace(
+        model,
+        vocab_size=model.vocab_size or vocab_size,
+        kv_heads=model.key_value_heads,
+        head_dim=model.head_width,
+        mlp=replace(model.mlp, hidden_dim=model.mlp_width),
+    )
+    return replace(settings, model=model, data=replace(settings.data, objective=settings.objective))

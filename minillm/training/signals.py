@@ -1,0 +1,52 @@
+"""Signals that reach a training process, turned into questions the loop asks at safe moments."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+
+class Stopped(Exception):
+    """The process was asked to end; `code` is the exit code that says so (128 + signal)."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class Signals:
+    """While open: SIGTERM and SIGINT ask for an end, SIGUSR1 for a checkpoint; a second SIGINT quits at once.
+
+    Until `careful` is set (nothing is worth saving yet) a signal raises `Stopped` where it arrives.
+    """
+
+    HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self.careful = False
+        self.save = False
+        self._stop: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._arrived) for number in self.HANDLED}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self.save = True
+            return
+        if self._stop is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self._stop = number
+        if not self.careful:
+            raise Stopped(number)
+
+    def poll(self) -> None:
+        """Raises `Stopped` if the process was asked to end."""
+        if self._stop is not None:
+            raise Stopped(self._stop)
