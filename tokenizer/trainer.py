@@ -5,8 +5,8 @@ which all are kept up to `sample_characters`, and a uniform random choice beyond
 reservoir", 1985, algorithm R). The model depends on the texts, the options and the version of SentencePiece alone: the
 number of threads is fixed, because unigram's sums, and with them its pieces, change with it.
 
-SentencePiece drops, without a word, lines that are long, hold NUL or hold U+2585, and takes U+2581 for a space. Hence
-the cutting; those characters become line ends in training text (encoding spells them in bytes).
+SentencePiece drops, without a word, lines that are long or hold U+2585, takes U+2581 for a space, and makes no piece of
+NUL and U+001F. Hence the cutting; those characters become line ends in training text (encoding spells them in bytes).
 """
 
 import hashlib
@@ -32,7 +32,6 @@ from tokenizer.tokenizer import (
     manifest_hash,
 )
 
-# U+001F never becomes a piece either: harmless where bytes spell it, a hole in a character-level vocabulary
 RESERVED = ("\0", "\x1f", SPACE_MARK, "\u2585")
 PIECE = 4096  # characters
 SAMPLE_CHARACTERS = 2**26  # as much again in SentencePiece; unigram takes some 24 bytes for each besides
