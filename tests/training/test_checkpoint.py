@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -165,8 +166,16 @@ def test_damaged_ones_ahead_of_a_resumed_run_are_cleared_away(tmp_path):
     warnings = []
     assert checkpoint.newest_valid(tmp_path, warnings.append).name == "step-2"
     assert len(warnings) == 1 and "step-3/state.json" in warnings[0]
-    save_example(tmp_path, 2)
+    save_example(tmp_path, 2, keep=2)  # of which the damaged one is none
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_no_deletion_begins_under_a_checkpoints_name(tmp_path, monkeypatch):
+    deleted, remove = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (deleted.append(path.name), remove(path, **options)))
+    for step in (1, 2, 2, 3):
+        save_example(tmp_path, step, keep=1)
+    assert deleted == ["step-1.tmp", "step-2.replaced", "step-2.tmp"]  # a kill in between leaves no half of a step-N
 
 
 def test_resolve_says_what_is_wrong_and_what_is_left(tmp_path):
@@ -174,8 +183,10 @@ def test_resolve_says_what_is_wrong_and_what_is_left(tmp_path):
         checkpoint.resolve(tmp_path / "nowhere")
     with pytest.raises(UserError, match="neither a run folder nor a checkpoint folder"):
         checkpoint.resolve(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="neither a run folder"):  # a run begins with its config.json
+        checkpoint.resolve(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"no checkpoint yet.*--resume"):
         checkpoint.resolve(tmp_path)
     assert checkpoint.steps(tmp_path) == [] and checkpoint.newest_valid(tmp_path, pytest.fail) is None

@@ -56,6 +56,7 @@ def test_every_truncation_is_refused_by_file_name(tmp_path, lengths):
             with pytest.raises(DamagedFile) as refused:
                 checkpoint.resolve(tmp_path)
             assert str(path) in str(refused.value) and str(first) in str(refused.value), (path, length)
+            assert path.name == manifest.NAME or f"has {length} bytes" in str(refused.value)
         path.write_bytes(whole)
     assert checkpoint.resolve(tmp_path) == second
 
@@ -322,6 +323,7 @@ def test_manifests_that_fit_their_hash_but_say_nothing_are_refused(tmp_path, con
         {"$float": "one"},
         {"$items": 3},
         {"$items": [[1]]},
+        {"$items": [1]},
         {"$items": [[[], 1]]},
         {"$items": [], "$tensor": ""},
         [{"$items": [[{"$float": "nan"}, 1]]}],
