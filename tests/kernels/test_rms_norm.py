@@ -1,4 +1,7 @@
-"""RMSNorm's kernel against its reference in fp64: widths, dtypes, residual, strides, extremes, compile, codegen."""
+"""RMSNorm's kernel against its reference in fp64: widths, dtypes, residual, strides, extremes, compile."""
+
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -184,14 +187,8 @@ def test_refuses_what_does_not_fit(arguments: dict, message: str) -> None:
             norm(**arguments)
 
 
-def test_compiles_for_a_gpu(compile_ahead_of_time) -> None:
-    names = [
-        f"rms_norm_{kind}" for kind in ("forward/n1024/bfloat16", "backward/n1024/bfloat16", "row_means/n32768/float32")
-    ]
-    assert compile_ahead_of_time("kernels.rms_norm", "sm_90", *names) == names
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_shipped_configuration_compiles(compile_ahead_of_time, arch: str) -> None:
-    assert len(compile_ahead_of_time("kernels.rms_norm", arch)) == 60  # 9 widths × 3 dtypes × 2, and 2 × 3 row means
+def test_rows_are_loaded_once(ptx: Callable[..., str]) -> None:
+    """The source loads x in every loop; where one chunk holds the row, the first load's registers are kept."""
+    loads = re.findall(r"ld\.global\S*\.v4", ptx("kernels.rms_norm", "sm_90", "rms_norm_forward/n1024/bfloat16"))
+    # 4 rows of 1024 bf16, 16 bytes at a time by 128 threads: 4 of x, 4 of the residual, and 1 of the weight.
+    assert len(loads) == 9

@@ -214,14 +214,3 @@ def test_refuses_what_does_not_fit(changes: dict, message: str) -> None:
     for implementation in (rope, rope_reference):
         with pytest.raises(ValueError, match=message):
             implementation(**(arguments | changes))
-
-
-def test_compiles_for_a_gpu(compile_ahead_of_time) -> None:
-    names = [f"{kernel}/d64/bfloat16" for kernel in ("rope", "rope_norm", "rope_norm_backward")]
-    assert compile_ahead_of_time("kernels.rope", "sm_90", *names) == names
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_shipped_configuration_compiles(compile_ahead_of_time, arch: str) -> None:
-    assert len(compile_ahead_of_time("kernels.rope", arch)) == 54  # 6 widths × 3 dtypes × 3 forms
