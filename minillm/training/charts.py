@@ -169,7 +169,7 @@ def number(value: float) -> str:
     """A value as a person writes it: four digits that matter, thousands apart."""
     if value == 0:
         return "0"
-    if 1000 <= abs(value) < 1e12:
+    if 1000 <= abs(value) < 1e6:
         return f"{value:,.0f}"
     if not 1e-4 <= abs(value) < 1000:
         mantissa, exponent = f"{value:.2e}".split("e")
@@ -225,7 +225,7 @@ def _labels(levels: Sequence[Level], scale: Scale, gap: float) -> str:
             break
     return "".join(
         f'<span class="label {level.style}" style="top:{_percent(1 - share)}">{html.escape(level.name)} '
-        f"<b>{level.value:.2f}</b></span>"
+        f"<b>{number(level.value) if level.value >= 1000 else f'{level.value:.2f}'}</b></span>"
         for level, share in zip(ordered, places, strict=True)
     )
 

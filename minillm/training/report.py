@@ -13,7 +13,7 @@ from minillm.config import Settings, to_dict
 from minillm.training.charts import Level, Line, chart, compact, duration, finite, number, round_step
 from minillm.training.page import page
 from minillm.training.run import read_config, read_metrics
-from minillm.training.verdict import Scores, next_commands, scores, verdict
+from minillm.training.verdict import Scores, next_commands, score, scores, verdict
 
 __all__ = ["next_commands", "verdict", "write_report"]
 
@@ -51,7 +51,7 @@ def _head(title: str, config: Mapping[str, Any], metrics: Sequence[Mapping[str, 
     if finite(plan.get("parameters")):
         facts.append(f"{compact(plan['parameters'])} parameters")
     if last:
-        facts += [f"{last['step']:,} steps", f"{compact(last['tokens'])} tokens"]
+        facts += [f"{last['step']:,} step{'s' * (last['step'] != 1)}", f"{compact(last['tokens'])} tokens"]
     if seconds is not None:
         facts.append(duration(seconds))
     if plan.get("device"):
@@ -64,8 +64,10 @@ def _verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], re
     sentences = "".join(f"<p>{_e(sentence)}</p>" for sentence in verdict(config, metrics))
     if not result.validation:
         return f"<section><div>{sentences}</div></section>"
-    best = min(score for _, score in result.validation)
-    shown = f'<div class="score"><b>{best:.3f}</b><span>{result.unit}<br>of held-out text, best validation</span></div>'
+    best = min(value for _, value in result.validation)
+    shown = (
+        f'<div class="score"><b>{score(best)}</b><span>{result.unit}<br>of held-out text, best validation</span></div>'
+    )
     return f'<section class="verdict">{shown}<div>{sentences}</div></section>{_rank(best, result)}'
 
 
@@ -77,7 +79,7 @@ def _rank(best: float, result: Scores) -> str:
     widest = max(value for value, _, _ in rows)
     cells = "".join(
         f'<span class="{style}">{_e(name)}</span><i class="{style}" style="width:{100 * value / widest:.1f}%"></i>'
-        f'<span class="{style}">{value:.3f}</span>'
+        f'<span class="{style}">{score(value)}</span>'
         for value, name, style in rows
     )
     return f'<div class="rank">{cells}</div>'
@@ -133,10 +135,18 @@ def _marks(places: Sequence[tuple[int, int, float]]) -> list[tuple[float, list[s
     round_steps = [step for step in range(0, last, apart) if step > first and last - step > 0.6 * apart]
     marks: list[tuple[float, list[str]]] = []
     for step in [first, *round_steps, last]:
-        _, tokens, seconds = min(places, key=lambda place: abs(place[0] - step))
+        tokens, seconds = _passed(places, step)
         words = [f"step {step:,}" if step in (first, last) else f"{step:,}"]
         marks.append((step, words if step == 0 else [*words, compact(tokens), duration(seconds)]))
     return marks
+
+
+def _passed(places: Sequence[tuple[int, int, float]], step: int) -> tuple[float, float]:
+    """Tokens and seconds at a step, in proportion between the recorded ones around it."""
+    before = max((place for place in places if place[0] <= step), key=lambda place: place[0])
+    after = min((place for place in places if place[0] >= step), key=lambda place: place[0])
+    share = (step - before[0]) / max(1, after[0] - before[0])
+    return before[1] + share * (after[1] - before[1]), before[2] + share * (after[2] - before[2])
 
 
 def _words(step: int, tokens: int, seconds: float) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.training.charts import finite
+from minillm.training.charts import finite, number
 
 BASELINES = {"uniform": "uniform", "unigram": "unigram", "bigram": "bigram", "gzip": "gzip -9", "xz": "xz -9"}
 MEMORISING = 1.10  # held-out score over training score, above which the model tells the two texts apart
@@ -49,10 +49,23 @@ def verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
     if not result.validation:
         return [*sentences, "The model was not validated yet, so there is nothing to compare."]
     first, (best_step, best) = result.validation[0], min(result.validation, key=lambda point: point[1])
-    beginning = f", down from {first[1]:.3f} at step {first[0]:,}" if first[1] > best else ""
-    sentences.append(f"The model reached {best:.3f} {result.unit} on held-out text, at step {best_step:,}{beginning}.")
+    beginning = f", down from {score(first[1])} at step {first[0]:,}" if first[1] > best else ""
+    sentences.append(
+        f"The model reached {score(best)} {result.unit} on held-out text, at step {best_step:,}{beginning}."
+    )
     sentences += _against_baselines(best, result.baselines)
+    last = next(line for line in reversed(metrics) if line.get("split") == "val")
+    if last["step"] != result.validation[-1][0]:
+        return [
+            *sentences,
+            f"At step {last['step']:,} the validation gave no finite number: the model has broken down.",
+        ]
     return sentences + _memorising(result, best_step, best)
+
+
+def score(value: float) -> str:
+    """Three decimals, which is what runs differ in."""
+    return f"{value:.3f}" if value < 1000 else number(value)
 
 
 def _how_it_ended(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -80,31 +93,33 @@ def _against_baselines(best: float, baselines: Mapping[str, float]) -> list[str]
     ahead = [(name, value) for name, value in ordered if best >= value]
     sentences = []
     if beaten:
-        named = _listed([f"{name} ({value:.3f}, by {1 - best / value:.0%})" for name, value in beaten])
+        named = _listed([f"{name} ({score(value)}, by {1 - best / value:.0%})" for name, value in beaten])
         sentences.append(f"It beats {named}.")
     if ahead:
-        named = _listed([f"{name} ({value:.3f}, {best / value - 1:.0%} short)" for name, value in ahead])
+        named = _listed([f"{name} ({score(value)}, {best / value - 1:.0%} short)" for name, value in ahead])
         sentences.append(f"It does not {'yet ' if beaten else ''}beat {named}.")
     return sentences
 
 
 def _memorising(result: Scores, best_step: int, best: float) -> list[str]:
     last_step, last = result.validation[-1]
-    recent = [score for step, score in result.train if step > 0.9 * last_step] or [y for _, y in result.train[-1:]]
-    if last > best * RISEN:
-        return [
-            f"Overfitting: the validation was best at step {best_step:,} ({best:.3f}) and {last:.3f} at step "
-            f"{last_step:,}. More text, --model.dropout, or fewer steps would help."
-        ]
+    recent = [y for step, y in result.train if step > 0.9 * last_step] or [y for _, y in result.train[-1:]]
     if not recent or len(result.validation) < 2:
         return []
     train = math.fsum(recent) / len(recent)
+    if last > best * RISEN:
+        turned = (
+            f"the validation was best at step {best_step:,} ({score(best)}) and {score(last)} at step {last_step:,}"
+        )
+        if train < last and best_step > result.validation[0][0]:
+            return [f"Overfitting: {turned}. More text, --model.dropout, or fewer steps would help."]
+        return [f"It got worse, on training text too: {turned}. A lower --optim.lr is the usual cure."]
     if train > 0 and last / train > MEMORISING:
         return [
-            f"It predicts training text {1 - train / last:.0%} better ({train:.3f}) than held-out text ({last:.3f}): "
-            "it begins to memorise, though the validation still improves."
+            f"It predicts training text {1 - train / last:.0%} better ({score(train)}) than held-out text "
+            f"({score(last)}): it begins to memorise, though the validation still improves."
         ]
-    sentence = f"No overfitting: {train:.3f} on training text, {last:.3f} on held-out text."
+    sentence = f"No overfitting: {score(train)} on training text, {score(last)} on held-out text."
     before = next((y for step, y in reversed(result.validation) if step <= 0.75 * last_step), None)
     if before is not None and last < 0.99 * before:
         sentence += f" The last quarter still gained {1 - last / before:.1%}: a longer run would go lower."

@@ -124,6 +124,7 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path: Path, loaded) -> Non
         (["--prompt", "the", "--num", "0"], "--num must be at least 1, not 0"),
         (["--prompt", "the", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, not 0"),
         (["--prompt", "the", "--stop", ""], "a stop string must not be empty"),
+        (["--prompt", "über"], "the prompt 'über' cannot be encoded: character 'ü'"),
         (["--input", str(empty)], "a.txt is empty"),
         (["--input", str(latin)], "b.txt is not UTF-8 at byte 7"),
         (["--input", str(broken)], "c.jsonl:2 is not JSON"),

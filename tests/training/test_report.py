@@ -184,6 +184,11 @@ def test_every_situation_has_a_report(tmp_path: Path, situation: str) -> None:
         assert 0 <= float(x) <= 1000 and 0 <= float(y) <= 1000, "a line leaves the chart"
 
 
+def test_marks_between_two_records_are_in_proportion(tmp_path: Path) -> None:
+    _, page = report(tmp_path, [val(0, 4.0), val(10, 3.0)])
+    assert "step 0" + "2" + "8,192" + "0.5 s" + "4" + "16.4 k" + "1.0 s" in page.words
+
+
 def test_a_page_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         write_report(tmp_path)
@@ -218,6 +223,15 @@ def test_the_verdict_tells_memorising_from_learning(validation: list[float], tra
     last = verdict(config(), [*points[:2], train(100, training), points[2], end(100)])[-1]
     assert last.startswith(words)
     assert "longer run" not in last
+
+
+def test_a_run_that_got_worse_is_no_overfitting() -> None:
+    worse = verdict(config(), [val(0, 4.0), train(40, 5.0), val(50, 3.9), train(100, 1e30), val(100, 1e30), end(100)])
+    assert worse[1].startswith(
+        "It got worse, on training text too: the validation was best at step 50 (3.900) and 1e30"
+    )
+    broken = verdict(config(), [*GOOD[:-1], val(101, math.nan), end(101)])
+    assert broken[-1] == "At step 101 the validation gave no finite number: the model has broken down."
 
 
 def test_a_masked_model_is_judged_in_nats_against_the_losses_of_the_baselines() -> None:
