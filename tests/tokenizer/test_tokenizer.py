@@ -135,9 +135,9 @@ def test_cutting_does_not_change_ids(any_text: Tokenizer, source: list[str]) -> 
 @pytest.mark.parametrize("unit", ["a", " ", "word and ", "漢字", "(_)", "👍"])
 def test_lines_of_megabytes_come_back_in_seconds(any_text: Tokenizer, unit: str) -> None:
     text = unit * (5_000_000 // len(unit.encode()))
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: other work on the machine does not count
     ids = any_text.encode(text)
-    assert time.monotonic() - start < 20  # quadratic time would be hours
+    assert time.process_time() - start < 20  # quadratic time would be hours
     assert any_text.decode(ids) == text
 
 
