@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm import cpu
 from minillm.config import Kernels, UserError
 
 _choice: Kernels = "auto"
@@ -232,4 +233,6 @@ def linear_cross_entropy(
     if _triton(hidden):
         kernel: Callable[..., Tensor] = _kernel("linear_cross_entropy", "linear_cross_entropy")
         return kernel(hidden, weight, targets, bias, reduction="sum", **options)
+    if hidden.device.type == "cpu":
+        return cpu.linear_cross_entropy(hidden, weight, targets, bias, **options)
     return cross_entropy(F.linear(hidden, weight, bias), targets, **options)

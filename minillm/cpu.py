@@ -1,0 +1,93 @@
+"""Where PyTorch's operators leave a CPU waiting for memory: the same results in an order that suits its caches.
+
+The loss of 4,096 tokens over 4,096 classes makes four passes over 64 MB of logits and their gradient. In chunks of a
+few hundred tokens they stay in the cache: the loss of a chunk, its gradient with respect to the logits and the three
+matrix products follow one another, and no [tokens, vocab] matrix exists. (On a GPU kernels/linear_cross_entropy.py does
+the same; there the point is memory.)
+
+M tokens, N features, V classes, C tokens of a chunk. With z the softcapped logits, s = logsumexp(z), y the target:
+
+    loss = s − (1 − ε) z_y − ε/V Σ z + ζ s²          ε label smoothing, ζ z-loss
+    ∂loss/∂z = softmax(z) (1 + 2 ζ s) − (1 − ε) 1_y − ε/V,   and through z = c·tanh(x/c):  ∂z/∂x = 1 − (z/c)²
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**21
+"""Logits held at once: 8 MB in fp32, about what two cores have of a shared cache."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are finished in the forward pass, as the logits are there; backward multiplies them by one number."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, softcap):
+        V, dtype = weight.shape[0], hidden.dtype
+        total = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        wants = any(ctx.needs_input_grad[:3])
+        d_hidden = torch.empty_like(hidden) if wants else None
+        d_weight = torch.zeros_like(weight, dtype=total.dtype) if wants else None
+        d_bias = torch.zeros_like(bias, dtype=total.dtype) if wants and bias is not None else None
+        size = max(1, CHUNK_ELEMENTS // V)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            h, counts = hidden[rows], targets[rows] != ignore_index
+            y = torch.where(counts, targets[rows], 0).unsqueeze(1)
+            z = torch.nn.functional.linear(h, weight, bias).to(total.dtype)
+            if softcap is not None:
+                z = softcap * torch.tanh(z / softcap)
+            lse = z.logsumexp(-1, keepdim=True)
+            loss = lse - (1 - label_smoothing) * z.gather(1, y) + z_loss * lse.square()
+            if label_smoothing:
+                loss -= label_smoothing / V * z.sum(-1, keepdim=True)
+            total += (loss.squeeze(1) * counts).sum()
+            if not wants:
+                continue
+            slope = 1 - (z / softcap).square() if softcap is not None else None
+            g = z.sub_(lse).exp_()
+            if z_loss:
+                g *= 1 + 2 * z_loss * lse
+            g.scatter_add_(1, y, torch.full_like(lse, label_smoothing - 1))
+            if label_smoothing:
+                g -= label_smoothing / V
+            if slope is not None:
+                g *= slope
+            g *= counts.unsqueeze(1)
+            narrow = g.to(dtype)
+            torch.mm(narrow, weight, out=d_hidden[rows])
+            d_weight += narrow.t() @ h
+            if d_bias is not None:
+                d_bias += g.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_bias = None if d_bias is None else (d_bias * upstream).to(ctx.dtypes[1])
+        return d_hidden * upstream, (d_weight * upstream).to(ctx.dtypes[0]), d_bias, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sum of the losses over the rows of hidden [M, N] whose target counts, in at least fp32; weight [V, N], bias [V].
+
+    Takes part in autocast as a linear layer does: the products run in its dtype, softmax and sums in fp32. First
+    derivatives only.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, softcap)
