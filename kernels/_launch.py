@@ -115,12 +115,10 @@ def tuned(kernel: str, arch: str, shape: str, dtype: torch.dtype) -> dict[str, i
     if kernel in _candidates:
         return dict(_candidates[kernel])
     key = f"{shape}/{str(dtype).removeprefix('torch.')}"
-    row = _table(kernel).get(arch, {}).get(key) or _table(kernel)["default"].get(key)
-    if row is None:
-        raise ValueError(
-            f"kernels/tuned/{kernel}.json has no row {key!r}: it holds {sorted(_table(kernel)['default'])}"
-        )
-    return row
+    rows = shipped(kernel, arch)
+    if key not in rows:
+        raise ValueError(f"kernels/tuned/{kernel}.json has no row {key!r} for {arch}: it holds {sorted(rows)}")
+    return rows[key]
 
 
 class AotCase(NamedTuple):
