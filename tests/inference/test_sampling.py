@@ -110,6 +110,20 @@ def test_broken_logits_are_marked_and_forbidden_tokens_never_drawn(temperature: 
     assert picked.tolist() == [2, -1, -1, -1]
 
 
+def test_a_rounding_error_in_the_running_sum_draws_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums made in parallel, as on a GPU, need not stand still where nothing is added."""
+    logits = torch.full((2000, 6), -math.inf)
+    logits[:, [1, 3]] = 0.0
+    exact = torch.Tensor.cumsum
+
+    def rounded(self: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        return exact(self, *arguments, **options) + torch.where(self == 0, 0.05, 0.0)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", rounded)
+    drawn = pick(logits, Sampling(), [row_generator(0, row) for row in range(2000)])
+    assert drawn.unique().tolist() == [1, 3]
+
+
 def test_row_streams_differ_by_seed_and_by_row() -> None:
     streams = {(seed, row): torch.rand(4, generator=row_generator(seed, row)).tolist() for seed in (0, 1, -1, 2**32)
                for row in range(3)}  # fmt: skip
