@@ -81,8 +81,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "default": {
         "minutes": 5.0,
         "model": MODELS["llama-5m"],
-        "optim": {"lr": 2e-3, "schedule": "wsd"},
-        "train": {"batch": 16},
+        "optim": {"name": "muon", "lr": 2e-3, "schedule": "wsd"},
+        "train": {"batch": 8},
     },
     "shakespeare-char": {  # nanoGPT's setting for a CPU
         "steps": 2000,

@@ -125,7 +125,7 @@ def run_sampler(settings: Settings, tokenizer: Tokenizer, shards: Shards, source
             text = showcase.filled_masks(model, tokenizer, batch.ids[0], batch.targets[0], IGNORED)
         else:
             text = showcase.filled_spans(model, tokenizer, batch.source[0].tolist(), batch.ids.shape[1])
-        return [{"prompt": tokenizer.decode(window.tolist()), "text": text, "parses": None, "tried": 1}]
+        return [{"prompt": "", "text": text, "parses": None, "tried": 1}]
 
     return fills
 

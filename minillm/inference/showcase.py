@@ -17,7 +17,7 @@ FUNCTIONS = 24
 
 
 def continuation(model: Transformer, tokenizer: Any, prompt: str, tokens: int, rows: int = 1) -> list[str]:
-    """`rows` samples that go on from `prompt`, which is part of the result."""
+    """What follows `prompt` in each of `rows` samples."""
     stops, banned = stop_and_banned(tokenizer, model.config)
     ids = [tokenizer.document_id, *tokenizer.encode(prompt)]
     texts = generate(
@@ -29,19 +29,19 @@ def continuation(model: Transformer, tokenizer: Any, prompt: str, tokens: int, r
         stop_ids=stops,
         banned_ids=banned,
     )
-    return [prompt + tokenizer.decode(text) for text in texts]
+    return [tokenizer.decode(text) for text in texts]
 
 
 def functions(model: Transformer, tokenizer: Any, tokens: int) -> dict[str, Any]:
     """Samples Python functions; the event of metrics.jsonl, with the share of them that parses."""
     texts = [first_function(text) for text in continuation(model, tokenizer, PYTHON_PROMPT, tokens, FUNCTIONS)]
-    share = sum(map(parses, texts)) / len(texts)
+    share = sum(parses(PYTHON_PROMPT + text) for text in texts) / len(texts)
     return {"prompt": PYTHON_PROMPT, "text": texts[0], "parses": share, "tried": len(texts)}
 
 
 def first_function(text: str) -> str:
-    """From `def` to before the next line that is not indented; without one, all but the last line, which may be cut."""
-    lines = text.strip("\n").split("\n")
+    """What follows `def`, up to the next line that is not indented; without one, all but the last line: it may be cut."""
+    lines = text.rstrip("\n").split("\n")
     ends = (i for i, line in enumerate(lines) if i and line.strip() and not line.startswith((" ", "\t", ")")))
     return "\n".join(lines[: next(ends, max(1, len(lines) - 1))]).rstrip() + "\n"
 

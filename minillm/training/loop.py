@@ -191,7 +191,7 @@ class Loop:
             if job.sample is not None and progress.step in (0, math.ceil(plan.steps / 4), plan.steps):
                 for event in job.sample(job.model, progress.step):
                     self.monitor.event("sample", step=progress.step, **event)
-                    self.monitor.say(f"\n--- sample after {progress.step} steps ---\n{event['text']}\n---")
+                    self.monitor.say(f"\n--- sample after {progress.step} steps ---{_shown(event)}---\n")
             progress.line_seconds += self.monitor.seconds - before  # the log's tokens/s is that of training alone
             progress.chores_done = True
         wanted = self.signals.save or last or (progress.step > 0 and progress.step % plan.save_every == 0)
@@ -327,6 +327,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _shown(event: dict[str, Any]) -> str:
+    parses = f"{event['parses']:.0%} of {event['tried']} parse\n" if event["parses"] is not None else ""
+    return f"\n{event['prompt']}{event['text']}\n{parses}"
 
 
 def _times(loss: float, bits: float | None) -> float | None:
