@@ -163,8 +163,8 @@ def control_share(text: str) -> float:
     return float(control.mean()) if len(codes) else 0.0
 
 
-_ODD = np.random.Generator(np.random.Philox(key=20)).integers(0, 2**32, (2, _BANDS * _BAND, 1), np.uint64)
-_MULTIPLIERS, _SHIFTS = _ODD[0] | np.uint64(1), _ODD[1]
+# x → (m·x + s mod 2⁶⁴) >> 32 for x below 2³² and random m, s below 2⁶⁴: pairwise independent (Dietzfelbinger 1996).
+_MULTIPLIERS, _SHIFTS = np.random.Philox(key=20).random_raw((2, _BANDS * _BAND, 1))
 
 
 def minhash(text: str) -> np.ndarray:

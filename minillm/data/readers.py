@@ -47,7 +47,7 @@ def _text(name: str, path: Path, skip: Skip) -> Read:
         while not last:
             piece = rest + file.read(PART - len(rest))
             last = len(piece) < PART
-            end = len(piece) if last else piece.rfind(b"\n") + 1 or _last_character(piece)
+            end = len(piece) if last else piece.rfind(b"\n") + 1 or _last_character(piece) or len(piece)
             try:
                 text = piece[:end].decode()
             except UnicodeDecodeError as error:

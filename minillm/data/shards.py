@@ -7,6 +7,7 @@ The folder is written beside its place and renamed when it is complete, so that 
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,12 @@ def prepare(
         width = 2 if vocab_size <= 1 << 16 else 4
         split = plan(source, validation)
         writer = _Writer(folder, split, width, tokenizer_hash, shard_tokens)
-        for pieces, ids in _tokenized(split.pieces(source), encode, workers, vocab_size):
-            writer.write(pieces, ids, document_id)
-            if progress is not None:
-                progress(sum(writer.bytes), source.size)
-        writer.finish(source)
+        with closing(writer):
+            for pieces, ids in _tokenized(split.pieces(source), encode, workers, vocab_size):
+                writer.write(pieces, ids, document_id)
+                if progress is not None:
+                    progress(sum(writer.bytes), source.size)
+            writer.finish(source)
     return open_shards(out, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size)
 
 
@@ -131,6 +133,10 @@ class _Writer:
         for stream, tokens in zip(streams, self._tokens, strict=True):
             if stream:
                 tokens.write(np.concatenate(stream))
+
+    def close(self) -> None:
+        for tokens in self._tokens:
+            tokens.abandon()
 
     def finish(self, source: Source) -> None:
         """Completes the files and writes the index. Raises `UserError` where one side has nothing to predict."""

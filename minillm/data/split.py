@@ -83,6 +83,4 @@ def plan(source: Source, share: float) -> Split:
         raise UserError(f"{source.name} holds no text; give files that are not empty")
     if lowest == highest:
         return Split("by position", train_bytes=int(size * (1 - share)))
-    return Split(
-        "by document hash (too few for the share: the lowest is held out)", threshold=math.nextafter(lowest, 1)
-    )
+    return Split("by document hash (few documents: one is held out)", threshold=math.nextafter(lowest, 1))

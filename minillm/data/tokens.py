@@ -108,6 +108,11 @@ class TokenWriter:
         self._file.close()
         self._file = None
 
+    def abandon(self) -> None:
+        """Lets go of the file in hand without completing it."""
+        if self._file is not None:
+            self._file.close()
+
 
 def token_file(name: str, number: int) -> str:
     return f"{name}-{number:05d}.tokens"

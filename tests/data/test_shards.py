@@ -1,0 +1,248 @@
+"""Shards: what is written is what was read, what is damaged is found, and memory stays within bounds."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm.config import DamagedFile, UserError
+from minillm.data import readers
+from minillm.data.index import render_index
+from minillm.data.shards import corpus_hash, is_prepared, open_shards, verify
+from minillm.data.sources import open_source
+from minillm.data.tokens import read_header
+from tests.data.conftest import DOCUMENT, HASH, VOCAB, Prepare, decode, encode
+
+
+def all_ids(stream) -> np.ndarray:
+    return stream.window(0, len(stream))
+
+
+def documents_of(stream) -> list[bytes]:
+    ids = all_ids(stream)
+    return [decode(part) for part in np.split(ids, np.flatnonzero(ids == DOCUMENT))[1:]]
+
+
+def refuse_z(texts: list[str]) -> list[list[int]]:
+    if any("z" in text for text in texts):
+        raise ValueError("no z here")
+    return encode(texts)
+
+
+def test_every_document_once_on_one_side(prepared: Prepare, corpus: Path) -> None:
+    shards = prepared(corpus, validation=0.2)
+    texts = [path.read_bytes() for path in sorted(corpus.iterdir()) if path.stat().st_size]
+    train, val = documents_of(shards.train), documents_of(shards.val)
+    assert sorted(train + val) == sorted(texts) and train and val
+    assert not set(train) & set(val)  # the two equal ones are on one side
+    assert [text for text in texts if text in set(train)] == train  # in the source's order
+    info = shards.info
+    assert (info["documents"], info["bytes"]) == (59, sum(map(len, texts)))
+    assert (info["train_tokens"], info["val_tokens"]) == (len(shards.train), len(shards.val))
+    assert info["val_bytes"] == sum(map(len, val)) and info["val_targets"] == len(shards.val) - 1
+    assert info["bytes_per_token"] == info["bytes"] / (len(shards.train) + len(shards.val))
+    assert b"".join(shards.val_text()) == b"".join(val)
+    assert info["split"] == "by document hash"
+    assert info["hash"] == corpus_hash(open_source(str(corpus)))
+    assert info["hash"] == corpus_hash(open_source(str(shards.path)))
+    assert verify(shards.path) == [] and is_prepared(shards.path)
+
+
+def test_a_document_keeps_its_side_when_others_come(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
+    before = set(documents_of(prepared(corpus, validation=0.2).val))
+    (corpus / "05b.txt").write_text("a new one")
+    assert before <= set(documents_of(prepared(corpus, tmp_path / "second", validation=0.2).val))
+
+
+def test_a_single_text_is_split_by_position_at_a_character(prepared: Prepare, tmp_path: Path) -> None:
+    text = "é" * 101
+    (tmp_path / "t.txt").write_text(text)
+    shards = prepared(tmp_path / "t.txt", validation=0.25)
+    assert all_ids(shards.train)[0] == DOCUMENT and DOCUMENT not in all_ids(shards.val)
+    train, val = decode(all_ids(shards.train)).decode(), decode(all_ids(shards.val)).decode()
+    assert train + val == text and len(train) == 76  # byte 151 is inside a character, which stays whole
+    assert shards.info["split"] == "by position"
+
+
+@pytest.mark.parametrize(("count", "split"), [(1, "by position"), (2, "one is held out"), (3, "one is held out")])
+def test_few_documents(prepared: Prepare, tmp_path: Path, count: int, split: str) -> None:
+    lines = ['{"text": "' + str(i) * 50 + '"}\n' for i in range(count)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    shards = prepared(tmp_path / "t.jsonl", validation=0.05)
+    assert split in shards.info["split"]
+    if count > 1:
+        assert len(documents_of(shards.val)) == 1 and len(documents_of(shards.train)) == count - 1
+
+
+def test_parts_of_a_long_document_make_one(prepared: Prepare, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    whole = prepared(corpus, validation=0.2)
+    monkeypatch.setattr(readers, "PART", 16)
+    parts = prepared(corpus, tmp_path / "parts", validation=0.2)
+    assert parts.info["hash"] == whole.info["hash"] and parts.info["documents"] == 59
+    assert sorted(documents_of(parts.train) + documents_of(parts.val)) == sorted(
+        documents_of(whole.train) + documents_of(whole.val)
+    )
+
+
+def test_workers_and_shard_sizes_change_nothing(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
+    one = prepared(corpus, validation=0.2)
+    seen: list[tuple[int, int | None]] = []
+    two = prepared(
+        corpus, tmp_path / "two", validation=0.2, workers=2, shard_tokens=100, progress=lambda *x: seen.append(x)
+    )
+    assert len(list(two.path.glob("train-*.tokens"))) == -(-len(two.train) // 100) > 3
+    for a, b in ((one.train, two.train), (one.val, two.val)):
+        np.testing.assert_array_equal(all_ids(a), all_ids(b))
+    assert one.info == two.info and seen[-1] == (one.info["bytes"], one.info["bytes"])
+
+
+def test_windows_go_around_the_ring_and_across_files(prepared: Prepare, corpus: Path) -> None:
+    stream = prepared(corpus, validation=0.2, shard_tokens=64).train
+    ids = all_ids(stream)
+    starts = np.array([0, 60, 63, 64, len(ids) - 1, len(ids) + 5])
+    expected = np.stack([np.take(ids, np.arange(s, s + 150), mode="wrap") for s in starts])
+    np.testing.assert_array_equal(stream.windows(starts, 150), expected)
+    assert stream.window(3, 5).dtype == np.int64 and stream.max_id == ids.max()
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(65_536, 2), (65_537, 4)])
+def test_ids_take_two_bytes_where_they_fit(prepared: Prepare, corpus: Path, vocab_size: int, width: int) -> None:
+    highest = vocab_size - 1
+    shards = prepared(corpus, vocab_size=vocab_size, validation=0.2, encode=lambda texts: [[highest, 5] for _ in texts])
+    header = read_header(shards.path / "train-00000.tokens")
+    assert (header.width, header.max_id, shards.train.max_id) == (width, highest, highest)
+    assert set(all_ids(shards.train)) == {DOCUMENT, 5, highest}
+
+
+def test_another_tokenizer_or_vocabulary_is_refused(prepared: Prepare, corpus: Path) -> None:
+    shards = prepared(corpus)
+    assert len(open_shards(shards.path, tokenizer_hash=HASH, vocab_size=VOCAB).train) == len(shards.train)
+    with pytest.raises(UserError, match=r"made with another tokenizer \(abababababab…, not cdcdcdcdcdcd…\)"):
+        open_shards(shards.path, tokenizer_hash="cd" * 32)
+    with pytest.raises(UserError, match=rf"holds the id {shards.train.max_id}, outside a vocabulary of 100"):
+        open_shards(shards.path, vocab_size=100)
+
+
+def test_refusals_leave_nothing_behind(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
+    (corpus / "30.txt").write_text("buzz")
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").touch()
+    for source, options, message in [
+        (corpus, {"encode": refuse_z}, "30.txt: no z here"),
+        (corpus, {"encode": refuse_z, "workers": 2}, "30.txt: no z here"),
+        (corpus, {"vocab_size": 50}, "leave the vocabulary of 50"),
+        (tmp_path / "short.txt", {}, "too little text"),
+        (tmp_path / "blank", {}, "holds no text"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepared(source, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blank", "corpus", "short.txt"]
+
+
+def test_a_taken_folder_is_replaced_only_on_demand(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
+    first = prepared(corpus)
+    (corpus / "99.txt").write_text("more")
+    with pytest.raises(UserError, match="exists; choose another folder, or replace it with --overwrite"):
+        prepared(corpus)
+    assert prepared(corpus, overwrite=True).info["documents"] == first.info["documents"] + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "shards"]
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def flips_found(folder: Path, count: int) -> int:
+    """How many of `count` random single-bit flips `verify` finds; those in a header or the index, opening too."""
+    found, generator = 0, random.Random(5)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    for i in range(count):
+        path = files[i % len(files)]
+        original = path.read_bytes()
+        in_header = path.suffix == ".tokens" and i % 2
+        position = generator.randrange(256 if in_header else len(original))
+        flip(path, position, generator.randrange(8))
+        assert any(path.name in problem for problem in verify(folder)), f"{path} at {position}"
+        if path.name == "index.json" or (path.suffix == ".tokens" and position < 256):
+            with pytest.raises(DamagedFile, match=path.name):
+                open_shards(folder)
+        path.write_bytes(original)
+        found += 1
+    assert verify(folder) == []
+    return found
+
+
+def test_flipped_bits_are_found(prepared: Prepare, corpus: Path) -> None:
+    assert flips_found(prepared(corpus, validation=0.2, shard_tokens=1000).path, 60) == 60
+
+
+@pytest.mark.prove
+def test_a_thousand_flipped_bits_are_found(prepared: Prepare, corpus: Path) -> None:
+    assert flips_found(prepared(corpus, validation=0.2, shard_tokens=1000).path, 1000) == 1000
+
+
+def test_cut_off_and_missing_files_are_found_on_opening(prepared: Prepare, corpus: Path) -> None:
+    folder = prepared(corpus, validation=0.2).path
+    for path in sorted(folder.iterdir()):
+        original = path.read_bytes()
+        for length in {0, 1, 255, 256, len(original) // 2, len(original) - 1} - {len(original)}:
+            path.write_bytes(original[:length])
+            with pytest.raises(DamagedFile, match=path.name):
+                open_shards(folder)
+            assert verify(folder)
+        path.unlink()
+        with pytest.raises(DamagedFile, match=path.name):
+            open_shards(folder)
+        assert verify(folder)
+        path.write_bytes(original)
+
+
+def test_no_file_from_elsewhere(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
+    folder = prepared(corpus, validation=0.2).path
+    other = prepared(corpus, tmp_path / "other", validation=0.4).path
+    shard = folder / "train-00000.tokens"
+    shard.write_bytes((other / shard.name).read_bytes())
+    with pytest.raises(DamagedFile, match=r"is not the file that index\.json names"):
+        open_shards(folder)
+    shard.unlink()
+    shard.symlink_to(other / shard.name)
+    with pytest.raises(DamagedFile, match="is a link"):
+        open_shards(folder)
+    (folder / "index.json").write_bytes(render_index({"format": 9}))
+    with pytest.raises(UserError, match="has format 9, not 1"):
+        open_shards(folder)
+    with pytest.raises(UserError, match="holds no prepared data"):
+        open_shards(corpus)
+
+
+BOUNDED = """
+import resource, sys
+from minillm.data.shards import prepare
+from minillm.data.sources import open_source
+from tests.data.conftest import encode
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+shards = prepare(open_source(sys.argv[1]), sys.argv[2], encode=encode, tokenizer_hash="ab" * 32, vocab_size=260,
+                 document_id=2, workers=1, shard_tokens=10_000_000)
+print(len(shards.train) + len(shards.val), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)
+"""
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_corpus_beyond_the_memory_budget(tmp_path: Path, ending: str) -> None:
+    budget = 48  # MB; the corpus and its tokens are larger each
+    line = "0123456789 abcdef\n" * 50
+    with (tmp_path / f"t.{ending}").open("w") as file:
+        for _ in range(64 * 2**20 // len(line)):
+            file.write(line if ending == "txt" else '{"text": "' + line.replace("\n", "\\n") + '"}\n')
+    run = subprocess.run(
+        [sys.executable, "-c", BOUNDED, tmp_path / f"t.{ending}", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    tokens, grown = map(int, run.stdout.split())
+    assert tokens > 60_000_000 and grown < budget, f"grew by {grown} MB"
