@@ -40,7 +40,7 @@ def functions(model: Transformer, tokenizer: Any, tokens: int) -> dict[str, Any]
 
 
 def first_function(text: str) -> str:
-    """What follows `def`, up to the next line that is not indented; without one, all but the last line: it may be cut."""
+    """What follows `def`, up to the next line that is not indented, or to before the last line, which may be cut."""
     lines = text.rstrip("\n").split("\n")
     ends = (i for i, line in enumerate(lines) if i and line.strip() and not line.startswith((" ", "\t", ")")))
     return "\n".join(lines[: next(ends, max(1, len(lines) - 1))]).rstrip() + "\n"
