@@ -22,8 +22,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, rows: int, size: int, device: torch.device, dtype: torch.dtype):
         layers = (config.decoder_layers if config.shape == "encoder-decoder" else None) or config.layers
-        # The slot behind the last one takes the keys of padding, which nobody reads.
-        shape = (layers, 2, rows, config.key_value_heads, size + 1, config.head_width)
+        shape = (layers, 2, rows, config.key_value_heads, size, config.head_width)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # [B] keys in use
         self.size, self.longest = size, 0  # `longest` bounds `lengths` from above without asking the device
@@ -38,8 +37,8 @@ class KVCache:
         if self.longest + T > self.size:
             raise UserError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
         step = torch.arange(T, device=self.lengths.device)
-        self.at = self.lengths.unsqueeze(1) + step  # [B, T] positions of the new tokens
-        self.slots = self.at if new is None else torch.where(step < new.unsqueeze(1), self.at, self.size)
+        # [B, T] positions of the new tokens; padding writes behind its row's length, where the next tokens replace it
+        self.at = self.lengths.unsqueeze(1) + step
         self.longest += T
         self.ragged = self.ragged or new is not None
         self.new = torch.full_like(self.lengths, T) if new is None else new
@@ -48,7 +47,7 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [B, G, T, D] of the new tokens -> all keys and values so far [B, G, S, D]."""
         keys, values = self.buffer[layer]
-        index = self.slots[:, None, :, None].expand_as(k)
+        index = self.at[:, None, :, None].expand_as(k)
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))
         return keys[:, :, : self.longest], values[:, :, : self.longest]
