@@ -60,10 +60,9 @@ def test_equals_the_reference(case: dict, device: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", every(**GRID))
-def test_equals_the_reference_everywhere(case: dict, device: str) -> None:
-    check(*tensors((case["rows"], case["width"]), case["dtype"], case["residual"], case["scale"], device))
+def test_equals_the_reference_everywhere(case: dict) -> None:
+    check(*tensors((case["rows"], case["width"]), case["dtype"], case["residual"], case["scale"], "cpu"))
 
 
 @pytest.mark.parametrize("residual", [False, True])
