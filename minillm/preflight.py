@@ -69,7 +69,8 @@ def flops_per_token(config: ModelConfig) -> float:
     encoder-decoder it is one token on either side together.
     """
     counts = parameters(config)
-    looked_up = counts["embeddings"] - (config.vocab_size * config.dim if config.tied else 0)
+    output = (config.vocab_size or 0) * config.dim
+    looked_up = counts["embeddings"] - (output if config.tied else 0)
     multiplied = sum(counts.values()) - counts["positions"] - looked_up
     cross = (config.decoder_layers or config.layers) if config.shape == "encoder-decoder" else 0
     keys = min(config.context, config.attention.window or config.context)
@@ -79,13 +80,13 @@ def flops_per_token(config: ModelConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on the device at the moment of a step that needs the most."""
+    """Bytes on the device at the moment of a step that needs the most; `total` is what counts."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """All else at that moment: what the backward pass needs, logits, temporaries of the operators."""
+    """What that moment adds to the three above: saved for the backward pass, logits, temporaries of the operators."""
     overhead: int
     """On a CPU what the allocator holds beyond the tensors (see HEAP)."""
 
@@ -115,7 +116,7 @@ def memory(settings: Settings, rows: int, *, device: torch.device, dtype: str = 
                 stack.checkpoint_activations = settings.train.checkpoint_activations
         optimizers = build_optimizers(model, settings.optim)
         batch, objective = _empty_batch(settings, rows, device), training_objective(settings.train)
-        state = 0
+        resident, state = ledger.live, 0
         for _ in range(2):  # the optimizer's state exists from the second step on
             ledger.begin_step()
             for _ in range(passes):
@@ -126,7 +127,7 @@ def memory(settings: Settings, rows: int, *, device: torch.device, dtype: str = 
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            state = ledger.live - weights
+            state = ledger.live - resident
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return Memory(
         weights=weights,
@@ -137,11 +138,10 @@ def memory(settings: Settings, rows: int, *, device: torch.device, dtype: str = 
     )
 
 
-def disk(config: ModelConfig, settings: Settings) -> int:
-    """Bytes that the checkpoints of a run will take at most: those kept, the best one, and the one being written."""
-    weights = 4 * sum(parameters(config).values())
-    moments = {"sgd": 1, "muon": 1}.get(settings.optim.name, 2)
-    return (settings.train.keep + 2) * weights * (1 + moments)
+def disk(settings: Settings) -> int:
+    """Bytes that the checkpoints of a run take at most: those kept, the best one, and the one that is being written."""
+    moments = {"sgd": 1}.get(settings.optim.name, 2)  # of Muon it is an upper bound: its matrices have one
+    return (settings.train.keep + 2) * 4 * sum(parameters(settings.model).values()) * (1 + moments)
 
 
 def device_memory(device: torch.device) -> int:

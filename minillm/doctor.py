@@ -1,0 +1,220 @@
+"""What is wrong with a run, from what it left behind: config.json, metrics.jsonl, and the files' own hashes.
+
+kind          a run has it when
+first-loss    its first validation loss is further from ln V than 5 % (Glorot's embeddings: and 0.6 nats above),
+              although no weight had been trained: labels that leak or are shifted, a wrong start
+no-learning   its best validation never came below what counting single tokens gives (where there is no such
+              baseline: below 90 % of ln V)
+nonfinite     a loss or gradient was NaN or infinite
+masked-out    a stretch of training, or a validation, had no target that counted
+dead-layer    the last gradient of a part of the model was zero, or under 1 % of its hidden units ever fired
+diverging     validation ended more than 2 % above its best, and training did not go on falling either
+overfitting   the same while training went on falling
+slow          its last quarter ran at less than half the speed of its first half
+damaged       a file is missing, or not what was written
+unfinished    it stands before its last planned step
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm.config import DamagedFile
+from minillm.training import checkpoint
+from minillm.training.charts import finite
+from minillm.training.run import read_config, read_metrics
+from minillm.training.verdict import scores
+
+FIRST_LOSS, GLOROT = 0.05, 0.6
+RISE = 1.02
+DEAD_SHARE = 0.01
+SLOW = 0.5
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: str
+    """One of the kinds in the module's table."""
+    message: str
+    """What, where, and what to do about it."""
+
+
+def examine(run: Path) -> list[Problem]:
+    """Everything wrong with the run, most telling first; empty for a healthy one.
+
+    Raises `UserError` where `run` holds no run, `DamagedFile` where config.json cannot be read.
+    """
+    config, metrics = read_config(run), read_metrics(run)
+    problems = _files(run, metrics)
+    for check in CHECKS:
+        problems += [Problem(*found) for found in check(config, metrics)]
+    return problems + _unfinished(run, config, metrics)
+
+
+def _files(run: Path, metrics: Metrics) -> list[Problem]:
+    problems = []
+    if not metrics:
+        problems.append(Problem("damaged", f"{run / 'metrics.jsonl'} is missing or empty: nothing is known of the run"))
+    torn = _torn_lines(run / "metrics.jsonl")
+    if torn:
+        problems.append(Problem("damaged", f"{run / 'metrics.jsonl'}: lines {torn} are no JSON and were left out"))
+    if not (run / "tokenizer").is_dir():
+        problems.append(Problem("damaged", f"{run / 'tokenizer'} is missing; each checkpoint holds a copy of it"))
+    for step in checkpoint.steps(run):
+        try:
+            checkpoint.verify(run / "checkpoints" / f"step-{step}")
+        except DamagedFile as damage:
+            problems.append(Problem("damaged", f"{damage}; --resume goes on from the newest valid checkpoint"))
+    return problems
+
+
+def _torn_lines(path: Path) -> str:
+    """Numbers of the lines that are no JSON object; the last one may be half written, that is what a kill leaves."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    torn = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            torn.append(str(number))
+    return ", ".join(torn[:5]) + (", …" if len(torn) > 5 else "")
+
+
+def _first_loss(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    first = next((line for line in metrics if line.get("split") == "val"), {})
+    model = config["settings"].get("model") or {}
+    if first.get("step") != 0 or not finite(first.get("loss")) or not model.get("vocab_size") or config.get("base"):
+        return []
+    expected = math.log(model["vocab_size"])
+    above = FIRST_LOSS * expected + (GLOROT if model.get("init") == "xavier" else 0.0)
+    if first["loss"] > expected + above:
+        cause = "the weights start too large, or targets and tokenizer do not belong together"
+    elif first["loss"] < expected * (1 - FIRST_LOSS):
+        cause = "the model sees its targets, or did not start from scratch"
+    else:
+        return []
+    expectation = f"an untrained model of {model['vocab_size']} tokens should start near ln V = {expected:.3f}"
+    return [("first-loss", f"the first validation loss is {first['loss']:.3f}; {expectation}: {cause}")]
+
+
+def _no_learning(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    result = scores(metrics)
+    trained = [value for step, value in result.validation if step > 0]
+    steps = (config.get("plan") or {}).get("steps") or 0
+    if not trained or result.validation[-1][0] < steps / 2:
+        return []
+    vocabulary = (config["settings"].get("model") or {}).get("vocab_size") or 2
+    floor, name = result.baselines.get("unigram"), "the unigram baseline (counting single tokens)"
+    if floor is None and result.unit == "nats per target":
+        floor, name = 0.9 * math.log(vocabulary), "90 % of ln V"
+    if floor is None or min(trained) < floor:
+        return []
+    best = f"its best was {min(trained):.3f} in {result.validation[-1][0]} steps"
+    cure = "train longer, or with another --optim.lr; if that changes nothing, look at the data"
+    return [("no-learning", f"validation never came below {name}, {floor:.3f} {result.unit}; {best}: {cure}")]
+
+
+def _nonfinite(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    for line in metrics:
+        if line.get("event") == "nonfinite":
+            samples = ", ".join(map(str, (line.get("samples") or [])[:8]))
+            where = f"first in {line.get('layer')}, with samples {samples}"
+            cure = "lower --optim.lr, or take --dtype fp32; the weights are those before that step"
+            return [("nonfinite", f"step {line.get('step')}: the {line.get('what')} is not finite, {where}; {cure}")]
+    for line in metrics:
+        if "split" in line and not finite(line.get("loss")):
+            return [("nonfinite", f"step {line.get('step')}: the {_text(line)} loss is {line.get('loss')}")]
+    return []
+
+
+def _masked_out(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    empty = [line for line in metrics if "split" in line and line.get("targets") == 0]
+    if not empty:
+        return []
+    shown = ", ".join(f"{_text(line)} at step {line['step']}" for line in empty[:3])
+    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+    return [
+        (
+            "masked-out",
+            f"no target counted in {shown}{more}: every label was masked, and nothing was learned there; look at the "
+            "data's labels and at what is cut off at model.context",
+        )
+    ]
+
+
+def _dead_layers(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    last = next((line for line in reversed(metrics) if line.get("event") == "layers"), None)
+    if last is None:
+        return []
+    problems = []
+    if still := [name for name, norm in (last.get("grad_norms") or {}).items() if norm == 0]:
+        problems.append(f"no gradient reaches {', '.join(still)} (step {last['step']})")
+    if silent := [name for name, share in (last.get("active") or {}).items() if share < DEAD_SHARE]:
+        problems.append(f"the hidden units of {', '.join(silent)} are all zero (step {last['step']})")
+    cure = (
+        "a lower --optim.lr or --optim.weight-decay lets parts live; a part outside the graph is a fault in the model"
+    )
+    return [("dead-layer", f"{what}: it no longer learns; {cure}") for what in problems]
+
+
+def _getting_worse(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    result = scores(metrics)
+    if len(result.validation) < 2 or not result.train:
+        return []
+    (best_step, best), (last_step, last) = min(result.validation, key=lambda point: point[1]), result.validation[-1]
+    if last <= RISE * best:
+        return []
+    then = [value for step, value in result.train if step <= best_step][-5:] or [result.train[0][1]]
+    now = [value for _, value in result.train][-5:]
+    rise = f"validation rose from {best:.3f} at step {best_step} to {last:.3f} at step {last_step}"
+    if statistics.fmean(now) < statistics.fmean(then):
+        cure = "more text, --model.dropout or fewer steps; checkpoints/best still holds the best weights"
+        return [("overfitting", f"{rise} while the training loss went on falling: {cure}")]
+    return [("diverging", f"{rise}, and the training loss did not fall either: lower --optim.lr")]
+
+
+def _slow(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    speeds = [line["tokens_per_second"] for line in metrics if finite(line.get("tokens_per_second"))]
+    if len(speeds) < 8:
+        return []
+    early, late = statistics.median(speeds[: len(speeds) // 2]), statistics.median(speeds[-(len(speeds) // 4) :])
+    if late >= SLOW * early:
+        return []
+    cause = "another program took the machine, it ran hot, or memory ran out and was swapped"
+    return [("slow", f"the speed fell from {early:,.0f} to {late:,.0f} tokens/s: {cause}")]
+
+
+def _unfinished(run: Path, config: Mapping[str, Any], metrics: Metrics) -> list[Problem]:
+    end = next((line for line in reversed(metrics) if line.get("event") == "end"), {})
+    if end.get("reason") in ("finished", "early stop"):
+        return []
+    step = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=0)
+    planned = (config.get("plan") or {}).get("steps")
+    of = f" of {planned}" if planned else ""
+    return [
+        Problem(
+            "unfinished",
+            f"it stands at step {step}{of}; if it is not running now, go on with: python train.py --resume {run}",
+        )
+    ]
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return "validation" if line.get("split") == "val" else "training"
+
+
+CHECKS: tuple[Callable[[Mapping[str, Any], Metrics], list[tuple[str, str]]], ...] = (
+    _nonfinite,
+    _masked_out,
+    _first_loss,
+    _dead_layers,
+    _no_learning,
+    _getting_worse,
+    _slow,
+)
