@@ -99,7 +99,8 @@ class Ngrams:
         for _ in range(_ROUNDS):
             from_pair = weight[group] * pair
             share = from_pair / (from_pair + (1 - weight[group]) * unigram)
-            weight = np.bincount(group, count * share, groups) / (total + 1)  # never 1: an unseen pair is possible
+            weight = np.bincount(group, count * share, groups) / total
+        weight = np.minimum(weight, total / (total + 1))  # never 1: an unseen pair is possible
         weight[0] = 0.0  # a never began a pair
         return weight[np.frexp(self.firsts)[1]]
 
