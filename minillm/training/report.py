@@ -131,7 +131,7 @@ def _marks(places: Sequence[tuple[int, int, float]]) -> list[tuple[float, list[s
     first, last = places[0][0], places[-1][0]
     if last == first:
         return [(first, [f"step {first:,}"]), (first + 1, [])]
-    apart = max(1, round(round_step((last - first) / 8)))
+    apart = max(1, round(round_step((last - first) / 7)))
     round_steps = [step for step in range(0, last, apart) if step > first and last - step > 0.6 * apart]
     marks: list[tuple[float, list[str]]] = []
     for step in [first, *round_steps, last]:

@@ -50,6 +50,8 @@ def naive(logits: list[float], sampling: Sampling, seen: set[int]) -> list[float
         {"top_p": 0.1},
         {"top_p": 0.8},
         {"top_p": 1.0},
+        {"top_k": 4, "top_p": 0.7},
+        {"top_k": 2, "top_p": 0.6},
         {"min_p": 0.2},
         {"min_p": 1.0},
         {"repetition_penalty": 1.7},
@@ -93,6 +95,14 @@ def test_temperature_to_zero_is_greedy() -> None:
         torch.testing.assert_close(
             probabilities(logits, sampling), torch.nn.functional.one_hot(logits.argmax(-1), V).float()
         )
+
+
+def test_extreme_logits_stay_a_distribution() -> None:
+    logits = torch.tensor([[1e30, -1e30, 1e30, -math.inf]])
+    assert probabilities(logits, Sampling(temperature=1e-20)).tolist() == [[0.5, 0.0, 0.5, 0.0]]
+    for broken in (math.nan, math.inf):
+        p = probabilities(torch.tensor([[0.0, broken], [0.0, -1e30]]), Sampling(temperature=0))
+        assert p[0].isnan().any() and p[1].tolist() == [1.0, 0.0]
 
 
 def test_equally_likely_tokens_do_not_widen_top_k() -> None:
