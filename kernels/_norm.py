@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._launch import POINTERS, AotCase, multiprocessors, shipped, triton
+from ._launch import POINTERS, AotCase, jit, multiprocessors, shipped, tl, triton
 
 NARROWEST, WIDEST = 128, 32768  # the first class holds all narrower rows too, the last one all wider ones
 FP32_POINTERS = {"mean_ptr", "inv_std_ptr", "inv_rms_ptr", "row_means_ptr", "dw_ptr", "db_ptr"}
@@ -29,6 +29,18 @@ def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}, which no norm takes: convert it to a float first")
+
+
+@jit
+def load_sum(
+    x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL: tl.constexpr, dtype: tl.constexpr
+):
+    """x, or x + residual rounded to `dtype`, at [row, col] in fp32; 0 where not `inside`."""
+    x = tl.load(x_ptr + row * stride_x + col, inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row * stride_residual + col, inside, other=0.0).to(tl.float32)
+        x = x.to(dtype).to(tl.float32)  # backward is given the rounded sum, so forward must normalise that one
+    return x
 
 
 def width_class(features: int) -> str:

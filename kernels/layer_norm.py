@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ._launch import AotCase, architecture, as_rows, jit, runs_triton, tl, triton, tuned
-from ._norm import check_norm, norm_aot_cases, persistent_programs, width_class
+from ._norm import check_norm, load_sum, norm_aot_cases, persistent_programs, width_class
 
 
 def layer_norm_reference(
@@ -43,17 +43,6 @@ def layer_norm_reference(
 
 
 @jit
-def _load_sum(
-    x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL: tl.constexpr, dtype: tl.constexpr
-):
-    x = tl.load(x_ptr + row * stride_x + col, inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * stride_residual + col, inside, other=0.0).to(tl.float32)
-        x = x.to(dtype).to(tl.float32)  # backward is given the rounded sum, so forward must normalise that one
-    return x
-
-
-@jit
 def _forward(
     x_ptr, residual_ptr, w_ptr, b_ptr, y_ptr, total_ptr, mean_ptr, inv_std_ptr,  # [M, N] twice, [N] twice, …, [M] twice
     stride_x, stride_residual, M, N, eps,
@@ -67,20 +56,20 @@ def _forward(
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)
-        sums += _load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
+        sums += load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
     mean = tl.sum(sums, 1, keep_dims=True) / N  # [ROWS, 1]
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)
-        x = _load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
+        x = load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
         centred = tl.where(inside, x - mean, 0.0)  # padding was 0, and 0 - mean would count
         squares += centred * centred
     inv_std = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / N + eps)  # [ROWS, 1]
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)
-        x = _load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
+        x = load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
         y = (x - mean) * inv_std * tl.load(w_ptr + col, col < N, other=0.0).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(b_ptr + col, col < N, other=0.0).to(tl.float32)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ._launch import AotCase, architecture, as_rows, jit, runs_triton, tl, triton, tuned
-from ._norm import check_norm, norm_aot_cases, persistent_programs, width_class
+from ._norm import check_norm, load_sum, norm_aot_cases, persistent_programs, width_class
 
 
 def rms_norm_reference(
@@ -41,17 +41,6 @@ def rms_norm_reference(
 
 
 @jit
-def _load_sum(
-    x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL: tl.constexpr, dtype: tl.constexpr
-):
-    x = tl.load(x_ptr + row * stride_x + col, inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row * stride_residual + col, inside, other=0.0).to(tl.float32)
-        x = x.to(dtype).to(tl.float32)  # backward is given the rounded sum, so forward must normalise that one
-    return x
-
-
-@jit
 def _forward(
     x_ptr, residual_ptr, w_ptr, y_ptr, total_ptr, inv_rms_ptr,  # [M, N] twice, [N], [M, N] twice, [M]
     stride_x, stride_residual, M, N, eps,
@@ -63,14 +52,14 @@ def _forward(
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)  # what lies outside adds 0 to the sum
-        x = _load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
+        x = load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
         squares += x * x
     inv_rms = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / N + eps)  # [ROWS, 1]
     # With one chunk the compiler inlines both loops and these loads become the registers of the first ones.
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)
-        x = _load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
+        x = load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
         w = tl.load(w_ptr + col, col < N, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             tl.store(total_ptr + row * N + col, x, inside)
