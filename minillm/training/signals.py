@@ -5,8 +5,11 @@ import signal
 from types import FrameType, TracebackType
 
 
-class Stopped(Exception):
-    """The process was asked to end; `code` is the exit code that says so (128 + signal)."""
+class Stopped(BaseException):
+    """The process was asked to end; `code` is the exit code that says so (128 + signal).
+
+    Like KeyboardInterrupt no Exception, so that nothing on its way takes it for a fault to recover from.
+    """
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
