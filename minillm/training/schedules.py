@@ -22,7 +22,8 @@ def _linear(x: float, config: OptimConfig) -> float:
 
 
 def _stable_decay(x: float, config: OptimConfig) -> float:
-    return min(1.0, (1 - x) / config.decay) if config.decay else 1.0
+    decay = min(config.decay, 1 - config.warmup)  # both are shares of all steps, x one of those after the warm-up
+    return min(1.0, (1 - x) * (1 - config.warmup) / decay) if decay else 1.0
 
 
 def _constant(x: float, config: OptimConfig) -> float:
