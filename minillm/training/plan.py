@@ -90,14 +90,12 @@ def make_plan(
         poll: called between measured steps; may raise.
     """
     dtype = choose_dtype(settings, device)
-    steps, seconds = settings.steps, None
+    steps, seconds, train = settings.steps, None, settings.train
     if steps is None:
         if settings.minutes is None:
             raise UserError("give the length of the run: --steps N or --minutes M")
         seconds, for_validation = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll)
-        validations = 6 * validation_rows * for_validation  # one at the start, and one after each fifth
-        steps = max(1, int((60 * settings.minutes - validations) / seconds))
-    train = settings.train
+        steps = _steps_that_fit(60 * settings.minutes, seconds, validation_rows * for_validation, train.eval_every)
     eval_every = train.eval_every or max(1, math.ceil(steps / (5 if settings.minutes else 10)))
     return Plan(
         device=device.type,
@@ -112,6 +110,13 @@ def make_plan(
         log_every=train.log_every or max(1, steps // 100),
         seconds_per_step=seconds,
     )
+
+
+def _steps_that_fit(time: float, step: float, validation: float, eval_every: int | None) -> int:
+    """Steps for `time`, all in seconds, validations included: at the start, at the end and every `eval_every` steps."""
+    if eval_every is None:  # then one at the start, and one after each fifth
+        return max(1, int((time - 6 * validation) / step))
+    return max(1, int((time - 2 * validation) / (step + validation / eval_every)))
 
 
 def _measure(
