@@ -21,7 +21,7 @@ from minillm.data.loader import Loader, validation
 from minillm.data.shards import Shards
 from minillm.evaluation.baselines import baselines
 from minillm.model.transformer import Transformer
-from minillm.training.loop import Job, Outcome, train
+from minillm.training.loop import Job, Outcome, precision, train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, choose_device, cores, make_plan
@@ -77,7 +77,11 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
     objective = training_objective(settings.train)
     plan = _plan(work, model, device, batch, objective, signals)
     if plan.compile:
-        objective = _compiled(objective, model, batch(0).to(device), work.say)
+        first = next(batch(0).split(plan.micro_batch)).to(device)
+        compiled = _compiled(objective, model, first, precision(plan), work.say)
+        plan = replace(plan, compile=compiled is not objective)
+        objective = compiled
+        _keep_plan(work, plan)
     work.show_plan(plan)
     _write_baselines(work)
 
@@ -118,16 +122,25 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, signa
             validation_rows=rows,
             poll=signals.poll,
         )
-    work.config["plan"] = asdict(plan)
-    write_json(work.run / "config.json", work.config)
+    _keep_plan(work, plan)
     return plan
 
 
-def _compiled(objective, model: nn.Module, batch: Batch, say: Callable[[str], None]):
-    """torch.compile of the objective, or the objective itself, with one line, where no compiler works."""
+def _keep_plan(work: Pretraining, plan: Plan) -> None:
+    work.config["plan"] = asdict(plan)
+    write_json(work.run / "config.json", work.config)
+
+
+def _compiled(objective, model: nn.Module, micro: Batch, context, say: Callable[[str], None]):
+    """torch.compile of the objective, or the objective itself, with one line, where no compiler works.
+
+    It is tried with a micro-batch as training will have them: a whole batch need not fit the memory.
+    """
     compiled = torch.compile(objective)
     try:
-        compiled(model, batch).backward()
+        with context():
+            loss = compiled(model, micro)
+        loss.backward()
     except Exception as error:  # inductor, dynamo and the C++ toolchain raise without a common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say(f"warning: torch.compile does not work here ({reason[:160]}); training without it")
