@@ -95,7 +95,8 @@ class Loop:
         self.job, self.monitor, self.signals, self.progress, self.scaler = job, monitor, signals, progress, scaler
         self.parameters = [p for p in job.model.parameters() if p.requires_grad]
         self.precision = precision(job.plan)
-        self.saved: int | None = progress.step if progress.step else None
+        # One that was saved before its validation ended is saved again after it, with what the validation found.
+        self.saved: int | None = progress.step if progress.step and progress.chores_done else None
         self.random = _random_state()  # after the last finished step
 
     def run(self) -> Outcome:
@@ -144,8 +145,10 @@ class Loop:
         add_penalties(job.model, job.settings.optim)
         norm = gradient_norm(self.parameters)
         mean = total.item() / max(1, counted)
-        # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale.
-        if not math.isfinite(mean) or not (self.scaler.is_enabled() or norm.isfinite()):
+        # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale. Where
+        # that does not help any more, they are infinite by themselves.
+        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(mean) or not (scaling or norm.isfinite()):
             self._fail("gradient" if math.isfinite(mean) else "loss", batch)
         if job.settings.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, job.settings.optim.clip, norm)
@@ -270,7 +273,8 @@ class Loop:
         self._save()
 
     def _fail(self, what: str, batch: Batch) -> None:
-        layer, samples = locate(self.job.model, batch, self.job.objective)
+        with self.precision():
+            layer, samples = locate(self.job.model, batch, self.job.objective)
         step = self.progress.step + 1
         self.monitor.event("nonfinite", step=step, what=what, layer=layer, samples=samples)
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")

@@ -33,7 +33,7 @@ def locate(model: nn.Module, batch: Batch, objective: Objective) -> tuple[str, l
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
             bad = [row.samples[0] for row in batch.split(1) if not _finite(objective(model, row))]
     finally:
         model.train(training)
