@@ -27,16 +27,13 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
         folder = Path(out)
         if folder.is_file():
             raise UserError(f"--out {folder} is a file; name a folder")
-        if (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
+        if _holds_run(folder):
             if not overwrite:
                 raise UserError(
                     f"{folder} already holds a run; --resume {folder} goes on with it, --overwrite replaces it"
                 )
-            for part in ("checkpoints", "data", "tokenizer"):
-                shutil.rmtree(folder / part, ignore_errors=True)
-            for part in ("config.json", "metrics.jsonl", "report.html"):
-                (folder / part).unlink(missing_ok=True)
-        elif folder.exists() and any(folder.iterdir()) and not overwrite:
+            clear_run(folder)
+        elif folder.exists() and any(folder.iterdir()):  # --overwrite replaces a run, never somebody's other files
             raise UserError(f"{folder} is not empty and holds no run; name another folder, or an empty one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +43,22 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
     return folder
+
+
+def clear_run(folder: Path) -> None:
+    """Removes what a run has put into its folder, and nothing else."""
+    for name in ("checkpoints", "data", "tokenizer", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("config.json", "metrics.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _holds_run(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except UserError:
+        return (folder / "metrics.jsonl").exists()
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +91,10 @@ class Metrics:
 
     def __init__(self, run: Path):
         self.path = run / "metrics.jsonl"
+        before = self.path.read_bytes() if self.path.exists() else b""
         self.file = self.path.open("a", encoding="utf-8")
+        if before and not before.endswith(b"\n"):  # what a kill left half of must not swallow the next line
+            self.file.write("\n")
 
     def write(self, **event: Any) -> None:
         self.file.write(json.dumps(event, ensure_ascii=False) + "\n")
