@@ -108,6 +108,10 @@ def run_sampler(settings: Settings, tokenizer: Tokenizer, shards: Shards, source
         if prompt is None and source.name in ("stdlib", "installed"):
             return lambda model, step: [showcase.functions(model, tokenizer, tokens)]
         prompt = _first_line(shards) if prompt is None else prompt
+        try:
+            tokenizer.encode(prompt)
+        except ValueError as error:
+            raise UserError(f"train.sample_prompt {prompt!r}: {error}") from error
 
         def continues(model: nn.Module, step: int) -> list[dict[str, Any]]:
             text = showcase.continuation(model, tokenizer, prompt, tokens)[0]

@@ -3,6 +3,7 @@
 With no argument it learns from the Python standard library's own source, for about five minutes on a CPU.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -54,14 +55,19 @@ def main(argv: list[str]) -> int:
                 return _resume(tyro.cli(Resume, prog="train.py", description=__doc__, args=argv), signals)
             return _start(_parse(argv), signals)
         except Stopped as stopped:
-            _say(f"{stopped} before the first step; the same command begins again, --resume goes on")
+            _say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
             return stopped.code
 
 
 def _parse(argv: list[str]) -> Args:
     """Preset, then --config, then the command line."""
     over = _read_config_file(path) if (path := _option(argv, "config")) else {}
-    base = presets.preset(_option(argv, "preset") or over.get("preset") or "default")
+    name = _option(argv, "preset") or over.get("preset") or "default"
+    if not isinstance(name, str):
+        raise UserError(f"--config {path}: preset must be the name of one, not {name!r}")
+    base = presets.preset(name)
+    if over.get("steps") is not None and over.get("minutes") is not None:
+        raise UserError(f"--config {path}: steps and minutes contradict each other: give one of them")
     for length, other in (("steps", "minutes"), ("minutes", "steps")):
         given = _option(argv, length) is not None
         if given and _option(argv, other) is not None:
@@ -98,19 +104,34 @@ def _read_config_file(path: str) -> dict[str, Any]:
 
 
 def _start(args: Args, signals: Signals) -> int:
-    """A new run: its folder and config.json first, so that whatever follows can be resumed."""
+    """A new run: its folder and config.json first, so that whatever follows can be resumed.
+
+    What turns out to be wrong before training begins leaves no folder behind, and what can be known without one is
+    asked before --overwrite removes anything.
+    """
+    from minillm import ops
     from minillm.data.sources import open_source
+    from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
-    from minillm.training.run import new_run, write_json
+    from minillm.training.run import clear_run, new_run, write_json
 
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     trackers = _trackers(args.log)
+    choose_device(settings.device)
+    ops.select(settings.kernels)
     source = open_source(settings.source)
     name = Path(settings.source).name if Path(settings.source).exists() else settings.source
     run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
     config = run_config(settings)
     write_json(run / "config.json", config)
-    return _run(settings, source, run, config, trackers, signals, resume_from=None)
+    try:
+        return _run(settings, source, run, config, trackers, signals, resume_from=None)
+    except UserError:
+        if not (run / "metrics.jsonl").exists():
+            clear_run(run)
+            with contextlib.suppress(OSError):  # it may hold other things, or be where we stand
+                run.rmdir()
+        raise
 
 
 def _resume(args: Resume, signals: Signals) -> int:
@@ -120,6 +141,8 @@ def _resume(args: Resume, signals: Signals) -> int:
     from minillm.training.run import read_config, read_metrics
 
     run = Path(args.resume)
+    if (run / "MANIFEST.json").exists():
+        raise UserError(f"{run} is a checkpoint; --resume takes the folder of its run: --resume {run.parent.parent}")
     config = read_config(run)
     settings = from_dict(Settings, config["settings"])
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
@@ -157,8 +180,8 @@ def _run(
     from minillm.training.report import write_report
     from minillm.training.run import write_json
 
-    found = corpus_hash(source)
-    if config.get("corpus", {}).get("hash", found) != found:
+    known = config.get("corpus", {}).get("hash")
+    if known is not None and corpus_hash(source) != known:
         raise UserError(
             f"the text of {settings.source} has changed since {run} began; restore it, or start a new run with --out"
         )
