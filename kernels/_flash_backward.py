@@ -39,9 +39,10 @@ def row_delta(
 def _weights(product, lse, position, s, q_id, kv_id, row, MASKED: tl.constexpr):
     """p of a tile, either way round, and the scores as `capped` gives them."""
     score = capped(product, row)
-    p = tl.exp2(biased(score, position, s, row) * row.factor - lse * 1.4426950408889634)  # log2 e
-    if MASKED:
-        p = tl.where(visible(position, s, q_id, kv_id, row), p, 0.0)
+    exponent = biased(score, position, s, row) * row.factor
+    if MASKED:  # before the power of 2, which a hidden score could make infinite
+        exponent = tl.where(visible(position, s, q_id, kv_id, row), exponent, float("-inf"))
+    p = tl.exp2(exponent - lse * 1.4426950408889634)  # log2 e
     return p, score
 
 

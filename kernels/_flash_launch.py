@@ -72,7 +72,7 @@ def check(
             raise ValueError(f"q is on {q.device} but {name} on {x.device}: move it there")
     if lengths is not None and q.device.type == "cpu" and not torch.compiler.is_compiling():
         for side, x, longest in zip(("queries", "keys"), lengths, (T, S), strict=True):
-            if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= longest:
+            if x.numel() and not 0 <= int(x.long().min()) <= int(x.long().max()) <= longest:
                 raise ValueError(f"lengths of the {side} must lie in 0 to {longest}, not {x.tolist()}")
 
 

@@ -118,7 +118,7 @@ def _heads(B: int, T: int, H: int, D: int, like: Tensor, dtype: torch.dtype | No
 def _sum_groups(shares: Tensor, k: Tensor) -> Tensor:
     """[B, H, S, D], a share for each query head  ->  [B, G, S, D]."""
     B, G, S, D = k.shape
-    by_group = shares.transpose(1, 2).view(B, S, G, -1, D)  # as it lies in memory
+    by_group = shares.transpose(1, 2).view(B, S, G, shares.shape[1] // G, D)  # as it lies in memory
     return by_group.sum(3).to(k.dtype).transpose(1, 2)
 
 
