@@ -18,7 +18,7 @@ def write_run(folder: Path, bits: float | None = 2.0, values: tuple[float, ...] 
     for i, loss in enumerate(values):
         for split in ("train", "val"):
             lines.append(
-                {"step": 10 * i, "tokens": 640 * i, "seconds": i / 2, "split": split, "loss": loss,
+                {"step": 10 * i, "tokens": 640 * i, "seconds": i / 2, "split": split, "loss": loss + (split == "train"),
                  "bits_per_byte": bits and loss / bits}
             )  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -29,6 +29,7 @@ def test_curves_take_one_split_in_the_units_asked_for(tmp_path: Path) -> None:
     metrics = command.read_metrics(write_run(tmp_path / "a", values=(8.0, math.nan, 5.0)))
     xs, ys = plots.curves(metrics, "val", "tokens", "loss")
     assert xs == [0, 640, 1280] and ys[::2] == [8.0, 5.0] and math.isnan(ys[1])
+    assert plots.curves(metrics, "train", "steps", "loss")[1][::2] == [9.0, 6.0]
     assert plots.curves(metrics, "train", "seconds", "bits_per_byte")[0] == [0, 0.5, 1.0]
     masked = command.read_metrics(write_run(tmp_path / "b", bits=None))
     assert plots.curves(masked, "val", "steps", "bits_per_byte") == ([], [])
@@ -41,7 +42,7 @@ def test_runs_are_compared_in_one_page_that_loads_nothing(tmp_path: Path, capsys
     assert command.main([*map(str, runs), "--out", str(out), "--x", "tokens"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     page = out.read_text(encoding="utf-8")
-    for words in ("_cheap $x$: 2.5", "a&lt;b&gt;: 2.5", "bits per byte", "tokens"):
+    for words in ("_cheap $x$: 2.5</text>", "a&lt;b&gt;: 2.5", "bits per byte", "tokens"):
         assert words in page, words
     assert "a<b>" not in page and "<script" not in page and "default-src 'none'" in page
     assert page.count("<!DOCTYPE") == 0, "the SVG's own heading would pull in a DTD"

@@ -154,7 +154,7 @@ def _words(step: int, tokens: int, seconds: float) -> str:
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float | None]]:
-    return [(line["step"], line[key] if finite(line.get(key)) else None) for line in lines]
+    return [(line["step"], line.get(key)) for line in lines]
 
 
 def _samples(metrics: Sequence[Mapping[str, Any]]) -> str:

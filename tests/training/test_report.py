@@ -220,7 +220,8 @@ def test_the_verdict_names_what_was_beaten_and_by_how_much() -> None:
 )
 def test_the_verdict_tells_memorising_from_learning(validation: list[float], training: float, words: str) -> None:
     points = [val(step, bits) for step, bits in zip((0, 50, 100), validation, strict=True)]
-    last = verdict(config(), [*points[:2], train(100, training), points[2], end(100)])[-1]
+    recent = [train(95, training - 0.1), train(100, training + 0.1)]
+    last = verdict(config(), [*points[:2], train(60, 3.5), *recent, points[2], end(100)])[-1]
     assert last.startswith(words)
     assert "longer run" not in last
 
