@@ -104,6 +104,21 @@ def test_beyond_the_context_it_goes_on_from_the_last_half(kind: str, shape: str)
         )
 
 
+def test_the_source_is_encoded_once_even_where_the_window_moves() -> None:
+    model = model_of(context=8, shape="encoder-decoder")
+    passes: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    generate(model, [[2]], sources=[[3, 4, 5]], max_new_tokens=25, sampling=GREEDY)
+    assert len(passes) == 1
+
+
+def test_a_long_row_that_has_ended_leaves_its_room_to_the_others() -> None:
+    model = model_of(context=10)
+    expected = generate(model, RAGGED[:2], max_new_tokens=7, sampling=GREEDY)
+    texts = generate(model, RAGGED, max_new_tokens=7, sampling=GREEDY, on_token=lambda row, _: row == 2)
+    assert texts[:2] == expected and len(texts[2]) == 1
+
+
 def test_a_row_does_not_depend_on_the_others_and_the_seed_decides() -> None:
     model, sampling = model_of(), Sampling(temperature=1.0, top_p=0.95)
     together = generate(model, RAGGED, max_new_tokens=16, sampling=sampling, seed=5)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm.config import ModelConfig, UserError
@@ -62,6 +62,8 @@ def test_a_stop_string_that_spans_tokens_is_never_shown_in_part() -> None:
     assert not text.stopped
 
 
+@example("abb", ("abb", "b"), set())  # both in one token: the shorter was complete first
+@example("aab", ("aab",), {2})  # two characters to hold back, though the last one would do as well
 @given(
     text=st.text("ab\n", max_size=30),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3).map(tuple),
