@@ -87,10 +87,10 @@ def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rate", [0.1, 0.4])
-def test_dropout_stands_on_embeddings_and_on_what_each_half_block_adds(shape: str, rate: float) -> None:
+@pytest.mark.parametrize(("rate", "placement"), [(0.1, "pre"), (0.4, "post")])
+def test_dropout_stands_on_embeddings_and_on_what_each_half_block_adds(shape: str, rate: float, placement: str) -> None:
     """Counted in a hook: of what goes in, `rate` becomes 0 and the rest is divided by 1 - rate."""
-    model = build(small(shape=shape, dropout=rate, dim=64, vocab_size=64)).train()
+    model = build(small(shape=shape, dropout=rate, dim=64, vocab_size=64, norm={"placement": placement})).train()
     shares: dict[str, float] = {}
 
     def count(name: str) -> Any:
