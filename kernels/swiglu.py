@@ -152,7 +152,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises ValueError where shapes or dtypes of gate and up differ. Source: Shazeer (2020), eq. 6.
     """
     _check(gate, up)
-    if gate.numel() == 0 or not runs_triton(gate, up):
+    if gate.numel() == 0 or not runs_triton(gate, up):  # nothing is no grid to launch
         return swiglu_reference(gate, up)
     return _fused(gate, up, "silu")
 

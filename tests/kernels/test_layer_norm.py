@@ -174,6 +174,13 @@ def test_a_constant_row_gives_the_bias() -> None:
     assert torch.equal(y, bias.expand(2, 1000))
 
 
+def test_the_sum_that_comes_back_is_the_one_that_was_normalised() -> None:
+    """Rounded to fp16 before the statistics, not after: backward, and whoever goes on from the sum, see this one."""
+    inputs, _ = tensors((3, 37), torch.float16, True, True)
+    y, total = layer_norm(**inputs)
+    assert torch.equal(y, layer_norm(total, inputs["weight"], inputs["bias"]))
+
+
 def test_nan_stays_in_its_row() -> None:
     x = torch.randn(3, 37)
     x[1, 5] = torch.nan

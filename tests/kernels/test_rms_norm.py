@@ -136,6 +136,13 @@ def test_a_wider_residual_stream_keeps_its_dtype() -> None:
     ]  # fmt: skip
 
 
+def test_the_sum_that_comes_back_is_the_one_that_was_normalised() -> None:
+    """Rounded to fp16 before the statistics, not after: backward, and whoever goes on from the sum, see this one."""
+    inputs, _ = tensors((3, 37), torch.float16, True)
+    y, total = rms_norm(**inputs)
+    assert torch.equal(y, rms_norm(total, inputs["weight"]))
+
+
 def test_nan_stays_in_its_row() -> None:
     x = torch.randn(3, 37)
     x[1, 5] = torch.nan

@@ -93,6 +93,7 @@ def test_strides(layout: str) -> None:
         "every second": lambda: (torch.randn(12, 74)[:, ::2], torch.randn(24, 37)[::2]),
     }[layout]()
     check("silu", gate, up, torch.randn(1).expand(gate.shape))
+    check("silu", gate, up, torch.randn(*gate.shape[:-1], 50)[..., 9:46])
 
 
 def test_gradients_of_the_halves_of_one_product() -> None:
