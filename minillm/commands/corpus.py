@@ -135,6 +135,7 @@ def run_sampler(settings: Settings, tokenizer: Tokenizer, shards: Shards, source
 
 
 def _first_line(shards: Shards) -> str:
-    """What the validation text begins with, up to the end of its first line that says something."""
-    text = next(iter(shards.val_text()))[:200].decode("utf-8", errors="ignore").lstrip()
-    return text.split("\n", 1)[0][:60]
+    """The first line of the validation text that is more than a word or two; at most 60 characters."""
+    text = next(iter(shards.val_text()))[:4096].decode("utf-8", errors="ignore")
+    lines = text.split("\n")[1:] or [text]  # the first one may begin in the middle
+    return next((line for line in lines if len(line.strip()) > 12), text.strip())[:60]

@@ -165,15 +165,7 @@ class _Reader:
         if self.source is not None and self.source_segments is not None:
             self.source, self.source_segments = self.source[rows], self.source_segments[rows]
         if self.cache is not None:
-            _keep_rows(self.cache, rows)
-
-
-def _keep_rows(cache: KVCache, rows: Tensor) -> None:
-    """Leaves the keys and values of `rows` [B'] alone, so that those of ended rows cost no more time."""
-    cache.buffer = cache.buffer[:, :, rows]
-    cache.lengths = cache.lengths[rows]
-    cache.longest = int(cache.lengths.max())
-    cache.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in cache.memory.items()}
+            self.cache.keep(rows)
 
 
 @contextmanager

@@ -57,3 +57,11 @@ class KVCache:
         if layer not in self.memory:
             self.memory[layer] = keys_and_values()
         return self.memory[layer]
+
+    def keep(self, rows: Tensor) -> None:
+        """Leaves only the rows [B'] named: those that have ended cost no more time."""
+        self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
+        self.longest = int(self.lengths.max())
+        self.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in self.memory.items()}
+        if self.memory_segments is not None:
+            self.memory_segments = self.memory_segments[rows]

@@ -141,7 +141,8 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
     if last.get("reason") not in ("finished", "early stop"):
         commands.append((f"python train.py --resume {folder}", "goes on where it stopped, bit for bit"))
     if (settings.get("model") or {}).get("shape", "decoder") != "encoder":
-        commands.append((f'minillm generate {folder} --prompt "def "', "lets it write"))
+        prompt = next((line["prompt"] for line in metrics if line.get("event") == "sample"), "").strip("\n")
+        commands.append((f"minillm generate {folder} --prompt {shlex.quote(prompt)}", "lets it write"))
     else:
         commands.append((f"minillm doctor {folder}", "checks the run for known faults"))
     minutes, steps = settings.get("minutes"), plan.get("steps")

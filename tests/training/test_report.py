@@ -264,7 +264,7 @@ def test_how_it_ended_decides_the_first_sentence_and_the_next_command(last: dict
 def test_next_commands_fit_the_model() -> None:
     commands = [command for command, _ in next_commands(Path("runs/a"), config(), GOOD)]
     assert commands == [
-        'minillm generate runs/a --prompt "def "',
+        "minillm generate runs/a --prompt 'def '",
         "python train.py --preset default --minutes 20",
         "minillm plot runs/a",
     ]
