@@ -89,6 +89,8 @@ def test_whole_words_are_hidden_together() -> None:
             assert len(set(hidden[(word == w) & ordinary])) <= 1
         wanted, longest = round(0.15 * ordinary.sum()), np.bincount(word).max()
         assert wanted <= hidden.sum() < wanted + longest
+    apart = masked(word_starts=starts, rate=0.3).batch(np.array([[300, DOCUMENT, 301]]), *full(ids[:1, :3]), seed=0)
+    assert apart.counted == 1  # no word goes on behind a special token
 
 
 def rebuilt(batch, row: int) -> list[int]:
