@@ -171,11 +171,11 @@ def _run(
 ) -> int:
     """Tokenizer, shards, model, loop, report."""
     from minillm import preflight
-    from minillm.commands.announce import baselines_text, plan_text
+    from minillm.commands.announce import baselines_text, plan_text, predictions
     from minillm.commands.corpus import run_objective, run_sampler, run_shards, run_tokenizer
     from minillm.data.shards import corpus_hash
     from minillm.training.loop import TrainingFailed
-    from minillm.training.plan import choose_dtype
+    from minillm.training.plan import Plan, choose_dtype
     from minillm.training.pretrain import Pretraining, pretrain, resolved
     from minillm.training.report import write_report
     from minillm.training.run import write_json
@@ -194,6 +194,11 @@ def _run(
     def micro_batch(model: Any, device: Any) -> int:
         return preflight.micro_batch(settings, device=device, dtype=choose_dtype(settings, device))
 
+    def show_plan(plan: Plan) -> dict[str, Any]:
+        predicted = predictions(settings, plan)
+        _say(plan_text(settings, plan, predicted, shards.info))
+        return predicted
+
     work = Pretraining(
         settings=settings,
         run=run,
@@ -203,7 +208,7 @@ def _run(
         micro_batch=micro_batch,
         sample=run_sampler(settings, tokenizer, shards, source),
         say=_say,
-        show_plan=lambda plan: _say(plan_text(settings, plan, shards.info)),
+        show_plan=show_plan,
         show_baselines=lambda values: _say(baselines_text(values)),
         log=trackers,
     )

@@ -1,7 +1,8 @@
 """What a run will do, decided before its first step: device, precision, threads, and how many steps fit the time.
 
 Everything that was decided or measured here goes into config.json, and a resumed run takes it from there. All choices
-but one are a function of the machine and the settings alone; the steps that `--minutes` becomes are measured.
+but one are a function of the machine and the settings alone; the steps that `--minutes` becomes follow from the
+measured speed.
 """
 
 import copy
@@ -36,8 +37,15 @@ class Plan:
     eval_every: int
     save_every: int
     log_every: int
-    seconds_per_step: float | None
-    """Measured before the run; None where it was not (a number of steps was given)."""
+    seconds_per_step: float
+    seconds_per_validation: float
+    """Both measured before the run, on a copy of the model."""
+
+    @property
+    def seconds(self) -> float:
+        """What the run will take: steps and validations."""
+        validations = 1 + math.ceil(self.steps / self.eval_every)
+        return self.steps * self.seconds_per_step + validations * self.seconds_per_validation
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,12 +98,13 @@ def make_plan(
         poll: called between measured steps; may raise.
     """
     dtype = choose_dtype(settings, device)
-    steps, seconds, train = settings.steps, None, settings.train
+    steps, train = settings.steps, settings.train
+    if steps is None and settings.minutes is None:
+        raise UserError("give the length of the run: --steps N or --minutes M")
+    seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll)
+    validation = validation_rows * for_row
     if steps is None:
-        if settings.minutes is None:
-            raise UserError("give the length of the run: --steps N or --minutes M")
-        seconds, for_validation = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll)
-        steps = _steps_that_fit(60 * settings.minutes, seconds, validation_rows * for_validation, train.eval_every)
+        steps = _steps_that_fit(60 * settings.minutes, seconds, validation, train.eval_every)
     eval_every = train.eval_every or max(1, math.ceil(steps / (5 if settings.minutes else 10)))
     return Plan(
         device=device.type,
@@ -109,6 +118,7 @@ def make_plan(
         save_every=train.save_every or eval_every,
         log_every=train.log_every or max(1, steps // 100),
         seconds_per_step=seconds,
+        seconds_per_validation=validation,
     )
 
 
@@ -159,7 +169,7 @@ def _measure(
             times.append(time.perf_counter() - start)
         return sorted(times[1:])[len(times[1:]) // 2]
 
-    budget = min(8.0, 2.0 * (settings.minutes or 1.0))  # never more than a small part of the time that is planned
+    budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned
     training = seconds(step, 3, budget)
     with torch.no_grad():
         part = next(rows.split(micro_batch))

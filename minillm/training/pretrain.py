@@ -6,11 +6,11 @@ shards -> loader -> batches        settings -> model, optimizers -> plan -> loop
 import math
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +47,8 @@ class Pretraining:
     """How many rows fit the device's memory at once."""
     sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]] | None
     say: Callable[[str], None]
-    show_plan: Callable[[Plan], None]
+    show_plan: Callable[[Plan], dict[str, Any]]
+    """Tells a person, and returns what is predicted (memory, time …), which goes into config.json beside the plan."""
     show_baselines: Callable[[dict[str, Any]], None]
     log: tuple[str, ...] = ()
 
@@ -81,8 +82,7 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         compiled = _compiled(objective, model, first, precision(plan), work.say)
         plan = replace(plan, compile=compiled is not objective)
         objective = compiled
-        _keep_plan(work, plan)
-    work.show_plan(plan)
+    _keep_plan(work, plan, **work.show_plan(plan))
     _write_baselines(work)
 
     torch.manual_seed(settings.seed + 1)  # dropout's stream, whatever planning drew
@@ -109,6 +109,7 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, signa
     """The plan that config.json holds, or a new one, written there before anything else happens."""
     known = work.config.get("plan")
     if known is not None:
+        known = {field.name: known[field.name] for field in fields(Plan)}
         plan = Plan(**{**known, "steps": work.settings.steps or known["steps"], "device": device.type})
     else:
         rows = -(-len(work.shards.val) // work.settings.model.context)
@@ -126,8 +127,8 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, signa
     return plan
 
 
-def _keep_plan(work: Pretraining, plan: Plan) -> None:
-    work.config["plan"] = asdict(plan)
+def _keep_plan(work: Pretraining, plan: Plan, **predicted: Any) -> None:
+    work.config["plan"] = {**asdict(plan), **predicted}
     write_json(work.run / "config.json", work.config)
 
 
@@ -172,8 +173,16 @@ def _write_baselines(work: Pretraining) -> None:
 
 def run_config(settings: Settings) -> dict[str, Any]:
     """config.json of a new run, before its data is known."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    names = ("minillm", "torch", "triton", "numpy", "sentencepiece", "safetensors")
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in names}}
     return {"format": 1, "settings": to_dict(settings), "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def resolved(settings: Settings, vocab_size: int) -> Settings:

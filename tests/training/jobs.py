@@ -44,7 +44,8 @@ def job(
     plan = Plan(
         device="cpu", dtype="fp32", kernels="torch", compile=False, threads=1, micro_batch=micro or batch, steps=steps,
         eval_every=settings.train.eval_every or steps, save_every=settings.train.save_every or steps, log_every=1,
-        seconds_per_step=None,
+        seconds_per_step=0.0,
+        seconds_per_validation=0.0,
     )  # fmt: skip
     (run / "tokenizer").mkdir(parents=True, exist_ok=True)
     (run / "tokenizer" / "manifest.json").write_text("{}")
