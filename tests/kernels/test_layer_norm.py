@@ -116,7 +116,7 @@ def test_strides(layout: str) -> None:
         "every second feature": lambda: torch.randn(6, 74)[:, ::2],
     }[layout]()
     inputs = {"x": x, "weight": torch.randn(74)[::2], "bias": torch.randn(74)[::2], "residual": torch.randn(37, 6).t()}
-    check(inputs, [torch.randn(37, 6).t(), torch.randn(1, 37).expand(6, 37)])
+    check(inputs, [torch.randn(6, 50)[:, 9:46], torch.randn(1, 37).expand(6, 37)])
 
 
 def test_gradients_pass_through_cat_expand_and_transpose() -> None:
