@@ -282,10 +282,7 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
 
 def _aot_case(key: str, choice: dict[str, int], options: bool) -> AotCase:
     pointer = POINTERS[key.split("/")[1]]
-    flags = {
-        "SOFTCAP": options,
-        "SMOOTHING": options,
-        "Z_LOSS": options,
+    flags = dict.fromkeys(("SOFTCAP", "SMOOTHING", "Z_LOSS"), options) | {
         "GRADIENT": True,
         "BLOCK": choice.pop("BLOCK"),
     }
