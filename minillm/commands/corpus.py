@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from minillm.config import Settings, UserError
 from minillm.data.batch import IGNORED
 from minillm.data.corpus import Masked, NextToken, SpanCorruption
 from minillm.data.loader import VALIDATION
-from minillm.data.shards import Shards, is_prepared, open_shards, prepare
+from minillm.data.shards import Shards, default_workers, is_prepared, open_shards, prepare
 from minillm.data.sources import Source
 from minillm.data.split import plan
 from minillm.inference import showcase
@@ -74,6 +75,24 @@ def run_shards(settings: Settings, source: Source, run: Path, tokenizer: Tokeniz
     return open_shards(
         folder, tokenizer_hash=tokenizer.hash, vocab_size=settings.model.vocab_size or tokenizer.vocab_size
     )
+
+
+def tokenize(source: Source, out: Path, tokenizer: Tokenizer, *, workers: int | None, **options: Any) -> Shards:
+    """`prepare` with a tokenizer's ids and a progress bar; `options` are those of `prepare`."""
+    workers = workers or default_workers(source)
+    with tqdm(total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None, file=sys.stderr) as bar:
+        return prepare(
+            source,
+            out,
+            # one process encodes in threads; several leave the cores to each other
+            encode=tokenizer.encode_batch if workers == 1 else partial(tokenizer.encode_batch, threads=1),
+            tokenizer_hash=tokenizer.hash,
+            vocab_size=tokenizer.vocab_size,
+            document_id=tokenizer.document_id,
+            workers=workers,
+            progress=lambda done, _: bar.update(done - bar.n),
+            **options,
+        )
 
 
 def run_objective(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked | SpanCorruption:

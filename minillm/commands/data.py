@@ -3,12 +3,12 @@
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
+from minillm.commands.corpus import tokenize
 from minillm.config import DamagedFile, UserError
 from minillm.data import cleaning, download, shards
 from minillm.data.sources import Source, open_source
@@ -97,21 +97,15 @@ def _prepare(args: Prepare) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     source, tokenizer = open_source(args.data), load_tokenizer(args.tokenizer)
-    workers = args.workers or shards.default_workers(source)
-    with _bar(source.size, "tokenizing") as bar:
-        prepared = shards.prepare(
-            source,
-            args.out,
-            encode=tokenizer.encode_batch if workers == 1 else partial(tokenizer.encode_batch, threads=1),
-            tokenizer_hash=tokenizer.hash,
-            vocab_size=tokenizer.vocab_size,
-            document_id=tokenizer.document_id,
-            validation=args.validation,
-            workers=workers,
-            shard_tokens=args.shard_tokens,
-            overwrite=args.overwrite,
-            progress=lambda done, _: bar.update(done - bar.n),
-        )
+    prepared = tokenize(
+        source,
+        args.out,
+        tokenizer,
+        validation=args.validation,
+        workers=args.workers,
+        shard_tokens=args.shard_tokens,
+        overwrite=args.overwrite,
+    )
     tokenizer.save(args.out / "tokenizer")
     _list_skipped(source)
     info = prepared.info
