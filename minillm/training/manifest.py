@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_inside(folder: Path, name: str) -> None:
     """A listed file lies in `folder` itself: no .., no absolute path, no link on the way."""
     path = PurePosixPath(name)
-    plain = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    plain = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     if not plain or any((folder / part).is_symlink() for part in (path, *path.parents)[:-1]):
         raise DamagedFile(f"{folder / NAME} is refused: it lists {name!r}, which leads out of the folder")
 
