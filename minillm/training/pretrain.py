@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minillm import ops
-from minillm.config import Settings, UserError, to_dict
+from minillm.config import DamagedFile, Settings, UserError, to_dict
 from minillm.data.batch import Batch
 from minillm.data.loader import Loader, validation
 from minillm.data.shards import Shards
@@ -109,7 +109,10 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, signa
     """The plan that config.json holds, or a new one, written there before anything else happens."""
     known = work.config.get("plan")
     if known is not None:
-        known = {field.name: known[field.name] for field in fields(Plan)}
+        try:
+            known = {field.name: known[field.name] for field in fields(Plan)}
+        except (KeyError, TypeError):
+            raise DamagedFile(f"{work.run / 'config.json'} is damaged: its plan is not complete") from None
         plan = Plan(**{**known, "steps": work.settings.steps or known["steps"], "device": device.type})
     else:
         rows = -(-len(work.shards.val) // work.settings.model.context)
