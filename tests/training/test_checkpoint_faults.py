@@ -303,7 +303,15 @@ def test_hostile_manifests_and_configs_are_refused(tmp_path, raw):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"files": []}, {"files": {"a": 1}}, {"files": {"a": {"bytes": "1", "sha256": ""}}}, {"files": {}}]
+    "content",
+    [
+        {},
+        {"files": []},
+        {"files": {"config.json": {"sha256": ""}}},
+        {"files": {"a": 1}},
+        {"files": {"a": {"bytes": "1", "sha256": ""}}},
+        {"files": {}},
+    ],
 )
 def test_manifests_that_fit_their_hash_but_say_nothing_are_refused(tmp_path, content):
     folder = save_example(tmp_path, 1)
