@@ -1,0 +1,140 @@
+"""SIGTERM and SIGINT save the last finished step and say so; SIGUSR1 saves and goes on; a second SIGINT quits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm.training import checkpoint
+from minillm.training.loop import train as run_job
+from minillm.training.signals import Signals, Stopped
+from tests.training.jobs import go, job, weights
+from tests.training.running import ROOT, TINY, events, losses, train
+
+DROPOUT = {"model": {"dropout": 0.2}, "train": {"eval_every": 4, "save_every": 3}}
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number, code", STOPS)
+@pytest.mark.parametrize("moment", ["between micro-batches", "validation", "sampling"])
+def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, number: int, code: int, moment: str) -> None:
+    """Losses, weights, samples and the best checkpoint are those of the run that nothing stopped."""
+
+    def plain(name: str):
+        work = job(tmp_path / name, steps=10, micro=2, **DROPOUT)
+        sample = lambda model, step: [{"prompt": "", "text": str(step), "parses": None, "tried": 1}]  # noqa: E731
+        return replace(work, sample=sample, plan=replace(work.plan, eval_every=3 if moment == "sampling" else 4))
+
+    whole = plain("whole")
+    go(whole)
+    work, calls = plain("stopped"), []
+    # Three micro-batches a step, two batches a validation: in step 5, in the second validation, at the second sample.
+    due = {"between micro-batches": 4 * 3 + 2, "validation": 3, "sampling": 2}[moment]
+
+    def when_due(result):
+        calls.append(1)
+        if len(calls) == due:
+            send(number)
+        return result
+
+    changed = {
+        "between micro-batches": lambda: replace(work, objective=lambda m, b: when_due(whole.objective(m, b))),
+        "validation": lambda: replace(work, validation=lambda: [when_due(b) for b in whole.validation()]),
+        "sampling": lambda: replace(work, sample=lambda m, s: when_due(whole.sample(m, s))),
+    }[moment]()
+    with Signals() as signals:
+        outcome = run_job(changed, signals)
+    assert (outcome.reason, outcome.code) == ("signal", code)
+    step = 3 if moment == "sampling" else 4
+    assert checkpoint.steps(work.run)[-1] == step and events(work.run, "end")[0]["reason"] == "signal"
+
+    again = plain("stopped")
+    with Signals() as signals:
+        outcome = run_job(again, signals, resume_from=checkpoint.resolve(work.run))
+    assert (outcome.reason, outcome.code) == ("finished", 0)
+    assert losses(work.run) == losses(whole.run)
+    assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))
+    assert [e["step"] for e in events(work.run, "sample")] == [0, 3, 10]
+    assert (work.run / "checkpoints" / "best").read_text() == (whole.run / "checkpoints" / "best").read_text()
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
+    work = job(tmp_path, steps=6, train={"save_every": 6, "keep": 9})
+
+    def batch(step: int):
+        if step == 2:
+            send(signal.SIGUSR1)
+        return job_batch(step)
+
+    job_batch = work.batch
+    with Signals() as signals:
+        outcome = run_job(replace(work, batch=batch), signals)
+    assert outcome.code == 0 and checkpoint.steps(tmp_path) == [3, 6]
+
+
+def test_before_training_a_stop_comes_at_once() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    for number, code in STOPS:
+        with pytest.raises(Stopped) as raised, Signals():
+            try:
+                send(number)
+                time.sleep(5)
+            except Exception:  # what a library on the way might do
+                pytest.fail("a stop is no fault to recover from")
+        assert raised.value.code == code
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
+
+
+@pytest.mark.parametrize("number, code", STOPS)
+def test_during_the_preparation_of_data(
+    capsys, text: Path, tmp_path: Path, monkeypatch, number: int, code: int
+) -> None:
+    import minillm.commands.corpus as corpus
+
+    real = corpus.run_shards
+
+    def stopped(*args, **options):
+        send(number)
+        return real(*args, **options)
+
+    monkeypatch.setattr(corpus, "run_shards", stopped)
+    run = tmp_path / "run"
+    result = train(capsys, "--data", text, "--out", run, *TINY, "--steps", "3")
+    assert result.code == code and "before the first step" in result.err and "Traceback" not in result.err
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "tokenizer"]
+    monkeypatch.undo()
+    assert train(capsys, "--resume", run).code == 0
+    other = tmp_path / "other"
+    assert train(capsys, "--data", text, "--out", other, *TINY, "--steps", "3").code == 0
+    assert losses(run) == losses(other)
+
+
+def test_a_second_ctrl_c_quits_at_once() -> None:
+    """In a process of its own, which is busy with something that asks for no signal."""
+    busy = """
+import time
+from minillm.training.signals import Signals
+with Signals() as signals:
+    signals.careful = True
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", busy], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)  # the first one waits for the step to end
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and time.monotonic() - begun < 2
+    process.stdout.close()
