@@ -57,7 +57,7 @@ class AttentionConfig:
         _require(self.softcap is None or self.softcap > 0, f"attention.softcap must be positive, not {self.softcap}")
 
 
-MLPKind = Literal["gelu", "gelu-tanh", "relu", "relu2", "swiglu", "geglu"]
+MLPKind = Literal["gelu", "gelu-tanh", "relu", "relu2", "silu", "tanh", "swiglu", "geglu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,8 @@ class ModelConfig:
     """Rows of the embedding. None: the tokenizer's size, filled in when it is known."""
     token_types: int = 0
     """Rows of a second embedding for sentence pairs (BERT has 2)."""
+    source_embedding: bool = False
+    """The encoder of an encoder-decoder has an embedding of its own; else both sides share one."""
     tied: bool = True
     """The output matrix is the embedding."""
     dropout: float = 0.0
@@ -200,6 +202,10 @@ class ModelConfig:
         _require(
             self.decoder_layers is None or self.shape == "encoder-decoder",
             f"model.decoder_layers needs model.shape=encoder-decoder, not {self.shape}",
+        )
+        _require(
+            not self.source_embedding or self.shape == "encoder-decoder",
+            f"model.source_embedding needs model.shape=encoder-decoder, not {self.shape}",
         )
 
     @property

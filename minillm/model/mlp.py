@@ -13,6 +13,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "tanh": F.tanh,
 }
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": ops.swiglu, "geglu": ops.geglu}
 

@@ -22,6 +22,23 @@ from minillm.model.norm import build_norm
 from minillm.model.position import build_position, document_positions
 
 
+class Front(nn.Module):
+    """What stands in front of every document of a stack: nothing in a plain model.
+
+    Prefix tuning and soft prompts (minillm/peft/prefix.py) put their own here. Tokens count their positions from
+    `length` on.
+    """
+
+    length = 0
+
+    def forward(self, x: Tensor, at: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """x [B, T, dim], at [T] or [B, T] as a stack is given them; what is put before them is cut off its output."""
+        return x, at
+
+    def fill(self, cache: KVCache, stack: "Stack", view: View) -> None:
+        """Writes what stands in front into an empty cache; without one `forward` puts it there."""
+
+
 class Stack(nn.Module):
     """Positions, then `layers` blocks: an encoder (causal=False) or a decoder.
 
@@ -31,6 +48,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: int, *, causal: bool, cross: bool):
         super().__init__()
+        self.front = Front()
         self.position = build_position(config)
         self.embedding_norm = build_norm(config.dim, config.norm) if config.norm.embedding else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
@@ -42,16 +60,20 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, at: Tensor, view: View) -> Tensor:
         """x [B, T, dim] token embeddings, at [T] or [B, T] their positions -> [B, T, dim]"""
+        T = x.shape[1]
+        if view.cache is None:
+            x, at = self.front(x, at, view)
         view.rotation, view.slopes = self.position.rotation(at), self.position.slopes(x.device)
         x = self.dropout(self.embedding_norm(self.position.add(x, at)))
         if not self.pre_norm:
             for block in self.blocks:
                 x = self._run(block, x, view)
-            return x
+            return x[:, x.shape[1] - T :]
         new, stream = x, torch.zeros_like(x)
         for block in self.blocks:
             new, stream = self._run(block, new, stream, view)
-        return self.final_norm(new, stream)[0]
+        x, _ = self.final_norm(new, stream)
+        return x[:, x.shape[1] - T :]
 
     def _run(self, block: nn.Module, *inputs):
         if self.checkpoint_activations and self.training:
@@ -96,6 +118,7 @@ class Transformer(nn.Module):
             raise UserError(f"model.output_transform needs an MLP without a gate, not mlp.kind={config.mlp.kind}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.source_embedding = nn.Embedding(config.vocab_size, config.dim) if config.source_embedding else None
         self.type_embedding = nn.Embedding(config.token_types, config.dim) if config.token_types else None
         has_encoder, has_decoder = config.shape != "decoder", config.shape != "encoder"
         self.encoder = Stack(config, config.layers, causal=False, cross=False) if has_encoder else None
@@ -142,26 +165,29 @@ class Transformer(nn.Module):
         """
         self._check(segments, source, token_types, cache, new)
         if self.decoder is None:
-            return self.encoder(self._embed(ids, token_types), self._positions(ids, segments), View(segments=segments))
+            x = self._embed(ids, token_types, self.embedding)
+            return self.encoder(x, self._positions(ids, segments, self.encoder), View(segments=segments))
         memory = None
         if self.encoder is not None:
             memory = self._memory(source, source_segments, cache)
-        if cache is None:
-            at = self._positions(ids, segments)
-        else:
-            self._check_room(cache.longest + ids.shape[1])
-            cache.begin(ids.shape[1], new)
-            at = cache.at
-            if source_segments is None:
-                source_segments = cache.memory_segments
-            cache.memory_segments = source_segments
+        x = self._embed(ids, token_types, self.embedding)
         view = View(segments=segments, memory=memory, memory_segments=source_segments, cache=cache)
-        return self.decoder(self._embed(ids, token_types), at, view)
+        if cache is None:
+            return self.decoder(x, self._positions(ids, segments, self.decoder), view)
+        if source_segments is None:
+            view.memory_segments = cache.memory_segments
+        cache.memory_segments = view.memory_segments
+        if cache.longest == 0:
+            self.decoder.front.fill(cache, self.decoder, view)
+        self._check_room(cache.longest + ids.shape[1])
+        cache.begin(ids.shape[1], new)
+        return self.decoder(x, cache.at, view)
 
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
         """An encoder-decoder's encoder alone: source [B, S] -> [B, S, dim]"""
         view = View(segments=source_segments)
-        return self.encoder(self._embed(source, None), self._positions(source, source_segments), view)
+        x = self._embed(source, None, self.source_embedding or self.embedding)
+        return self.encoder(x, self._positions(source, source_segments, self.encoder), view)
 
     def _memory(self, source: Tensor | None, source_segments: Tensor | None, cache: KVCache | None) -> Tensor:
         if cache is not None and cache.memory:
@@ -195,13 +221,13 @@ class Transformer(nn.Module):
                 f"{tokens} tokens do not fit: learned positions end at model.context ({self.config.context})"
             )
 
-    def _positions(self, ids: Tensor, segments: Tensor | None) -> Tensor:
-        T = ids.shape[1]
-        self._check_room(T)
-        return torch.arange(T, device=ids.device) if segments is None else document_positions(segments)
+    def _positions(self, ids: Tensor, segments: Tensor | None, stack: Stack) -> Tensor:
+        T, first = ids.shape[1], stack.front.length
+        self._check_room(first + T)
+        return first + (torch.arange(T, device=ids.device) if segments is None else document_positions(segments))
 
-    def _embed(self, ids: Tensor, token_types: Tensor | None) -> Tensor:
-        x = self.embedding(ids)
+    def _embed(self, ids: Tensor, token_types: Tensor | None, embedding: nn.Embedding) -> Tensor:
+        x = embedding(ids)
         if self.config.embedding_scale:
             x = x * math.sqrt(self.config.dim)
         if self.type_embedding is not None:

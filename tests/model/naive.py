@@ -49,17 +49,22 @@ class Naive:
                 x = self._stack("decoder", x, documents, causal=True)
             else:
                 theirs = [0] * source.shape[1] if source_segments is None else source_segments[b].tolist()
-                memory = self._stack("encoder", self._embed(source[b], None), theirs, causal=False)
+                memory = self._stack(
+                    "encoder",
+                    self._embed(source[b], None, "source_embedding" if self.config.source_embedding else "embedding"),
+                    theirs,
+                    causal=False,
+                )
                 if source_segments is None:
                     theirs = None
                 x = self._stack("decoder", x, documents, causal=True, memory=memory, memory_documents=theirs)
             rows.append(self._head(x))
         return torch.stack(rows)
 
-    def _embed(self, ids: Tensor, token_types: Tensor | None) -> Tensor:
+    def _embed(self, ids: Tensor, token_types: Tensor | None, table: str = "embedding") -> Tensor:
         rows = []
         for t in range(len(ids)):
-            x = self.weights["embedding.weight"][ids[t]]
+            x = self.weights[f"{table}.weight"][ids[t]]
             if self.config.embedding_scale:
                 x = x * math.sqrt(self.config.dim)
             if self.config.token_types:
@@ -227,6 +232,7 @@ def _activate(kind: str, x: Tensor) -> Tensor:
         "relu": lambda a: max(a, 0.0),
         "relu2": lambda a: max(a, 0.0) ** 2,
         "silu": lambda a: a / (1 + math.exp(-a)),
+        "tanh": math.tanh,
     }[kind]
     return torch.tensor([[one(a) for a in row] for row in x.tolist()], dtype=torch.float64)
 

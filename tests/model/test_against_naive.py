@@ -16,7 +16,7 @@ FACTORS: dict[str, list[Any]] = {
     "norm": ["rms", "layer", "layer with bias"],
     "placement": ["pre", "post"],
     "embedding_norm": [False, True],
-    "mlp": ["gelu", "gelu-tanh", "relu", "relu2", "swiglu", "geglu"],
+    "mlp": ["gelu", "gelu-tanh", "relu", "relu2", "silu", "tanh", "swiglu", "geglu"],
     "mlp_bias": [False, True],
     "attention_bias": [False, True],
     "qk_norm": [False, True],
@@ -25,6 +25,7 @@ FACTORS: dict[str, list[Any]] = {
     "kv_heads": [4, 2, 1],
     "head_dim": [None, 6],
     "tied": [True, False],
+    "source_embedding": [False, True],
     "output": ["plain", "bias", "transform and bias"],
     "softcap": [None, 1.5],
     "embedding_scale": [False, True],
@@ -40,6 +41,8 @@ SEGMENTS = {
 
 
 def possible(case: dict[str, Any]) -> bool:
+    if case["source_embedding"] and case["shape"] != "encoder-decoder":
+        return False
     return case["output"] != "transform and bias" or case["mlp"] not in ("swiglu", "geglu")
 
 
@@ -50,6 +53,7 @@ def config_of(case: dict[str, Any]) -> ModelConfig:
         kv_heads=case["kv_heads"],
         head_dim=case["head_dim"],
         tied=case["tied"],
+        source_embedding=case["source_embedding"],
         token_types=case["token_types"],
         embedding_scale=case["embedding_scale"],
         output_bias=case["output"] != "plain",
