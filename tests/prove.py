@@ -1,7 +1,7 @@
-"""`python -m tests.prove`: runs the slow proofs and writes down what they were run on.
+"""`python -m tests.prove [PART …]`: runs the slow proofs that are out of date, and writes down what they were run on.
 
-tests/proof.json then says which sources passed: a SHA-256 for each room over its tracked Python files. The ordinary
-tests hold it against the sources as they are, so that a change to proven code asks for a new proof.
+tests/proof.json says for each part which sources passed: a SHA-256 over the tracked files that the part covers. The
+ordinary tests hold it against the files as they are, so that a change to proven code asks for that part's proof again.
 """
 
 import datetime
@@ -21,26 +21,41 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROOF = ROOT / "tests" / "proof.json"
-ROOMS = ("kernels", "tokenizer", "minillm", "benchmarks", "tests", "train.py")
 REMEDY = "run `make prove` and commit tests/proof.json"
 
+PARTS: dict[str, dict[str, list[str]]] = {
+    "kernels": {"tests": ["tests/kernels"], "covers": ["kernels", "tests/kernels", "benchmarks/codegen.py"]},
+    "model": {
+        "tests": ["tests/model", "tests/test_ops.py"],
+        "covers": ["minillm/model", "minillm/ops.py", "minillm/cpu.py", "tests/model", "tests/test_ops.py"],
+    },
+    "data": {"tests": ["tests/data"], "covers": ["minillm/data", "tests/data"]},
+    "training": {
+        "tests": ["tests/training", "tests/test_preflight.py"],
+        "covers": ["minillm/training", "minillm/preflight.py", "tests/training", "tests/test_preflight.py"],
+    },
+}
+"""Where the slow tests of each part are, and which files (Python and JSON) a change to makes them due again."""
 
-def sources(root: Path = ROOT) -> dict[str, str]:
-    """SHA-256 of each room's Python files that git tracks, names and contents, as they stand in the working tree."""
+
+def sources(part: str, root: Path = ROOT) -> str:
+    """SHA-256 of the tracked files that the part covers, names and contents, as they stand in the working tree."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--", *ROOMS], cwd=root, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-z", "--", *PARTS[part]["covers"]], cwd=root, capture_output=True, text=True, check=True
     ).stdout.split("\0")
-    hashes: dict[str, Any] = {}
-    for name in sorted(name for name in listed if name.endswith(".py") and (root / name).exists()):
-        content = hashlib.sha256((root / name).read_bytes()).hexdigest()
-        hashes.setdefault(name.split("/")[0], hashlib.sha256()).update(f"{name} {content}\n".encode())
-    return {room: hashed.hexdigest() for room, hashed in sorted(hashes.items())}
+    whole = hashlib.sha256()
+    for name in sorted(name for name in listed if name.endswith((".py", ".json")) and (root / name).exists()):
+        whole.update(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
 
 
-def outdated(proof: dict[str, Any], now: dict[str, str]) -> list[str]:
-    """The rooms that are not as they were proven: changed, new or gone."""
-    then = proof["sources"]
-    return sorted(room for room in {*then, *now} if then.get(room) != now.get(room))
+def due(proofs: dict[str, Any], root: Path = ROOT) -> list[str]:
+    """The parts that were never proven, failed, or have changed since."""
+    return [
+        part
+        for part in PARTS
+        if part not in proofs or proofs[part]["exit"] != 0 or proofs[part]["sources"] != sources(part, root)
+    ]
 
 
 def results(report: Path) -> dict[str, Any]:
@@ -62,24 +77,30 @@ def results(report: Path) -> dict[str, Any]:
     return {**counts, "failures": failures, "files": rounded}
 
 
-def main(argv: list[str]) -> int:
-    """Runs `pytest -m prove`, arguments of `argv` added; 0 where everything passed."""
-    begun, before = time.monotonic(), sources()
+def prove(part: str) -> dict[str, Any] | None:
+    """Runs one part's slow tests; what proof.json says of it, or None where pytest did not get to its end."""
+    begun, before = time.monotonic(), sources(part)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "prove", "--durations=25", "--timeout=3600"]
-        code = subprocess.run([*command, f"--junitxml={report}", *argv], cwd=ROOT, check=False).returncode
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "prove",
+            "--durations=15",
+            "--timeout=3600",
+            *PARTS[part]["tests"],
+        ]
+        code = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=False).returncode
         if not report.exists():
-            print(f"error: pytest ended with {code} and no report; nothing was written", file=sys.stderr)
-            return code or 1
+            print(f"error: {part}: pytest ended with {code} and no report; nothing was written", file=sys.stderr)
+            return None
         found = results(report)
-    if argv:  # a selection proves nothing about the rest
-        print("a selection ran; tests/proof.json is left as it was")
-        return code
-    if sources() != before:
-        print("error: the sources changed while they were being proven; run it again", file=sys.stderr)
-        return 1
-    proof = {
+    if sources(part) != before:
+        print(f"error: {part}: the sources changed while they were being proven; run it again", file=sys.stderr)
+        return None
+    return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "triton", "numpy", "sentencepiece")},
         "python": platform.python_version(),
@@ -89,9 +110,23 @@ def main(argv: list[str]) -> int:
         **found,
         "sources": before,
     }
-    PROOF.write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
-    print(f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped: {PROOF.relative_to(ROOT)}")
-    return code
+
+
+def main(argv: list[str]) -> int:
+    """Proves the parts named in argv, or those that are due; 0 where all of them passed."""
+    proofs = json.loads(PROOF.read_text(encoding="utf-8")) if PROOF.exists() else {}
+    if unknown := [part for part in argv if part not in PARTS]:
+        print(f"error: there is no part {unknown[0]}; there are {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    failed = False
+    for part in argv or due(proofs):
+        proof = prove(part)
+        failed |= proof is None or proof["exit"] != 0
+        if proof is not None:
+            proofs[part] = proof
+            PROOF.write_text(json.dumps(proofs, indent=1) + "\n", encoding="utf-8")
+            print(f"{part}: {proof['passed']} passed, {proof['failed']} failed, {proof['skipped']} skipped")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,34 @@ import subprocess
 
 import pytest
 
-from tests.prove import PROOF, REMEDY, ROOT, outdated, results, sources
+from tests import prove
+from tests.prove import PARTS, PROOF, REMEDY, ROOT, due, results, sources
 
 
 def test_the_proof_is_of_these_sources():
     if not (ROOT / ".git").exists():
         pytest.skip("no git history here: which files count is not known")
     assert PROOF.exists(), f"tests/proof.json is missing: {REMEDY}"
-    proof = json.loads(PROOF.read_text(encoding="utf-8"))
-    assert proof["failed"] == 0 and proof["exit"] == 0, f"proofs failed ({proof['failures']}): mend them, then {REMEDY}"
-    assert proof["passed"] > 0, f"nothing was proven: {REMEDY}"
-    changed = outdated(proof, sources())
-    assert not changed, f"changed since the proof: {', '.join(changed)}; {REMEDY}"
+    proofs = json.loads(PROOF.read_text(encoding="utf-8"))
+    for part in PARTS:
+        assert proofs[part]["failed"] == 0, (
+            f"{part}: proofs failed ({proofs[part]['failures']}): mend them, then {REMEDY}"
+        )
+        assert proofs[part]["passed"] > 0, f"{part}: nothing was proven: {REMEDY}"
+    assert not due(proofs), f"changed since the proof: {', '.join(due(proofs))}; {REMEDY}"
+
+
+def test_every_slow_test_belongs_to_a_part():
+    marked = subprocess.run(
+        ["grep", "-rl", "--include=test_*.py", "mark.prove", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    homes = tuple(home for part in PARTS.values() for home in part["tests"])
+    assert marked
+    assert [name for name in marked if not name.startswith(homes) and name != "tests/test_proof.py"] == []
 
 
 def repository(folder, files):
@@ -27,24 +43,27 @@ def repository(folder, files):
     subprocess.run(["git", "-C", folder, "add", "."], check=True)
 
 
-def test_a_change_names_its_room(tmp_path):
+def test_a_change_makes_its_part_due(tmp_path, monkeypatch):
+    parts = {"one": {"tests": [], "covers": ["kernels"]}, "two": {"tests": [], "covers": ["minillm", "train.py"]}}
+    monkeypatch.setattr(prove, "PARTS", parts)
     repository(
-        tmp_path, {"kernels/a.py": "1", "minillm/b.py": "2", "minillm/x/c.py": "3", "train.py": "4", "d.py": "5"}
+        tmp_path, {"kernels/a.py": "1", "kernels/b.json": "2", "minillm/x/c.py": "3", "train.py": "4", "d.py": "5"}
     )
-    before = sources(tmp_path)
-    assert sorted(before) == ["kernels", "minillm", "train.py"]
-    assert sources(tmp_path) == before and outdated({"sources": before}, before) == []
+    proofs = {part: {"exit": 0, "sources": sources(part, tmp_path)} for part in parts}
+    assert due(proofs, tmp_path) == []
+    assert due({**proofs, "one": {**proofs["one"], "exit": 1}}, tmp_path) == ["one"]
+    assert due({"one": proofs["one"]}, tmp_path) == ["two"]
 
-    (tmp_path / "minillm/x/c.py").write_text("3 ")
-    assert outdated({"sources": before}, sources(tmp_path)) == ["minillm"]
-    (tmp_path / "minillm/x/c.py").write_text("3")
+    (tmp_path / "kernels/b.json").write_text("2 ")
+    assert due(proofs, tmp_path) == ["one"]
+    (tmp_path / "kernels/b.json").write_text("2")
     (tmp_path / "kernels/untracked.py").write_text("")
     (tmp_path / "d.py").write_text("6")
-    assert sources(tmp_path) == before
+    assert due(proofs, tmp_path) == []
     (tmp_path / "kernels/a.py").rename(tmp_path / "kernels/z.py")
     subprocess.run(["git", "-C", tmp_path, "add", "kernels/z.py"], check=True)
     (tmp_path / "train.py").unlink()
-    assert outdated({"sources": before}, sources(tmp_path)) == ["kernels", "train.py"]
+    assert due(proofs, tmp_path) == ["one", "two"]
 
 
 def test_results_are_counted_by_file(tmp_path):
