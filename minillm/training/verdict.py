@@ -140,7 +140,7 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
     commands = []
     if last.get("reason") not in ("finished", "early stop"):
         commands.append((f"python train.py --resume {folder}", "goes on where it stopped, bit for bit"))
-    if (settings.get("model") or {}).get("shape", "decoder") != "encoder":
+    if (settings.get("model") or {}).get("shape", "decoder") == "decoder":
         prompt = next((line["prompt"] for line in metrics if line.get("event") == "sample"), "").strip("\n")
         commands.append((f"minillm generate {folder} --prompt {shlex.quote(prompt)}", "lets it write"))
     else:
