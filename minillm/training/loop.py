@@ -26,6 +26,7 @@ from minillm.training.optim import add_penalties, gradient_norm, set_learning_ra
 from minillm.training.plan import Plan
 from minillm.training.run import cut_metrics
 from minillm.training.signals import Signals, Stopped
+from minillm.training.units import watch_units
 
 
 class TrainingFailed(Exception):
@@ -205,9 +206,11 @@ class Loop:
 
     def _validate(self) -> None:
         progress = self.progress
-        result: Evaluation = evaluate(self.job.model, self.job.validation(), self.precision, self.signals.poll)
+        with watch_units(self.job.model) as alive:
+            result: Evaluation = evaluate(self.job.model, self.job.validation(), self.precision, self.signals.poll)
         if progress.step > 0:
-            self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms())
+            active = {name: units.float().mean().item() for name, units in alive.items()}
+            self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms(), active=active)
         self.monitor.line(
             "val",
             step=progress.step,

@@ -62,6 +62,19 @@ def test_the_norm_that_is_logged_is_the_one_before_clipping(tmp_path: Path) -> N
     assert {"embedding", "decoder.blocks.0.attention", "decoder.blocks.1.mlp"} <= set(layers["grad_norms"])
 
 
+def test_the_share_of_hidden_units_that_live(tmp_path: Path) -> None:
+    """Five of twenty units behind ReLU get a bias that no token overcomes; the other block keeps all of its units."""
+    work = job(tmp_path, steps=1, model={"mlp": {"kind": "relu", "bias": True}})
+    with torch.no_grad():
+        for block, dead in zip(work.model.decoder.blocks, (5, 0), strict=True):
+            block.mlp.up_proj.bias.fill_(100.0)
+            block.mlp.up_proj.bias[:dead] = -100.0
+    go(work)
+    (layers,) = events(tmp_path, "layers")
+    assert layers["active"] == {"decoder.blocks.0.mlp": 0.75, "decoder.blocks.1.mlp": 1.0}
+    assert not any(module._forward_pre_hooks for module in work.model.modules())
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_the_logged_rate_is_the_schedules(tmp_path: Path, schedule: str) -> None:
     optim = {"schedule": schedule, "warmup": 0.25, "lr": 0.003}
