@@ -39,9 +39,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
 def _build(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-    return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
+    if config.name == "adam":
+        # Adam's own decay is a part of the gradient, where 0.1 outweighs the loss: that is what `l2` is for.
+        return torch.optim.Adam(groups, decoupled_weight_decay=True, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int, config: OptimConfig) -> float:

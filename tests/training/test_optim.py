@@ -13,10 +13,11 @@ def model(**changes) -> Transformer:
     return Transformer(small(**{"norm": {"kind": "layer", "bias": True}, "attention": {"bias": True}, **changes}))
 
 
-def test_decay_shrinks_matrices_and_leaves_vectors() -> None:
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_decay_shrinks_matrices_and_leaves_vectors(name: str) -> None:
     """A real step with zero gradients: all that moves is what decays, and by lr · weight_decay exactly."""
     net = model()
-    optimizers = build_optimizers(net, OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizers = build_optimizers(net, OptimConfig(name=name, lr=0.1, weight_decay=0.5))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
