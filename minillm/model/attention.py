@@ -26,6 +26,8 @@ class View:
     memory: Tensor | None = None  # [B, S, dim] output of the encoder
     memory_segments: Tensor | None = None  # [B, S]
     cache: KVCache | None = None
+    prefix: Tensor | None = None  # [layers, 2, G, P, D] trained keys and values in front of the row's own
+    prefix_segments: Tensor | None = None  # [P] with `segments`: the document that each of them belongs to
 
 
 class HeadNorm(nn.Module):
@@ -85,6 +87,8 @@ class SelfAttention(Attention):
             q, k = ops.rope(q, k, *view.rotation)
         if view.cache is None:
             segments = None if view.segments is None else (view.segments, view.segments)
+            if view.prefix is not None:
+                k, v, segments = self._put_prefix(k, v, view)
             y = ops.attention(
                 q,
                 k,
@@ -98,6 +102,16 @@ class SelfAttention(Attention):
         else:
             y = self._attend_cached(q, k, v, view.slopes, view.cache)
         return self._merge_heads(y)
+
+    def _put_prefix(self, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """k, v [B, G, P + T, D], and who belongs to whom; a cache holds its prefix already."""
+        assert view.prefix is not None
+        keys, values = view.prefix[self.layer].unsqueeze(1).expand(-1, len(k), -1, -1, -1).type_as(k)
+        segments = None
+        if view.segments is not None and view.prefix_segments is not None:
+            in_front = view.prefix_segments.expand(len(k), -1)
+            segments = (view.segments, torch.cat((in_front, view.segments), 1))
+        return torch.cat((keys, k), 2), torch.cat((values, v), 2), segments
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cache: KVCache) -> Tensor:
         k, v = cache.write(self.layer, k, v)  # keys go in rotated: a cached key never needs its position again

@@ -44,6 +44,11 @@ class KVCache:
         self.new = torch.full_like(self.lengths, T) if new is None else new
         self.lengths = self.lengths + self.new
 
+    def grow(self, tokens: int) -> None:
+        """Makes room for so many more tokens a row."""
+        self.buffer = torch.nn.functional.pad(self.buffer, (0, 0, 0, tokens))
+        self.size += tokens
+
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [B, G, T, D] of the new tokens -> all keys and values so far [B, G, S, D]."""
         keys, values = self.buffer[layer]
