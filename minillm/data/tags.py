@@ -24,7 +24,7 @@ from minillm.data.records import Record, numbered_lines, read_records, read_text
 from minillm.data.tasks import TaskTokenizer, source_of, text_batch
 
 _BLANKS = re.compile(r"[ \t]+")
-_PREFIXED = re.compile(r"([BIESLUM])-(.+)", re.DOTALL)
+_PREFIXED = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
