@@ -13,6 +13,7 @@ import torch
 
 from minillm.training import checkpoint
 from minillm.training.loop import train as run_job
+from minillm.training.objectives import Evaluation
 from minillm.training.signals import Signals, Stopped
 from tests.training.jobs import go, job, weights
 from tests.training.running import ROOT, TINY, events, losses, train
@@ -66,6 +67,30 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, number: int,
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))
     assert [e["step"] for e in events(work.run, "sample")] == [0, 3, 10]
     assert (work.run / "checkpoints" / "best").read_text() == (whole.run / "checkpoints" / "best").read_text()
+
+
+def test_a_stop_in_the_last_validation_loses_no_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 4.0, 3.0])  # the last one belongs to the resumed run
+
+    def score(model, batches, precision, poll):
+        if not again and (tmp_path / "checkpoints" / "best").exists():
+            send(signal.SIGTERM)
+        poll()
+        return Evaluation(next(scores), 8)
+
+    monkeypatch.setattr("minillm.training.loop.evaluate", score)
+    again = False
+    with Signals() as signals:
+        assert run_job(job(tmp_path, steps=4, train={"eval_every": 2, "save_every": 2}), signals).code == 143
+    folder = checkpoint.resolve(tmp_path)
+    assert folder.name == "step-4" and (tmp_path / "checkpoints" / "best").read_text() == "step-2\n"
+    again = True
+    assert (
+        run_job(job(tmp_path, steps=4, train={"eval_every": 2, "save_every": 2}), Signals(), resume_from=folder).code
+        == 0
+    )
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-4\n"
+    assert events(tmp_path, "end")[-1]["best_loss"] == 3.0
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
