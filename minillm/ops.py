@@ -75,10 +75,24 @@ def rms_norm(
     return y if residual is None else (y, total)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates the halves of q [B, H, T, D] and k [B, G, T, D]; cos, sin [T, D/2] or [B, T, D/2]."""
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Rotates the halves of q [B, H, T, D] and k [B, G, T, D]; cos, sin [T, D/2] or [B, T, D/2].
+
+    norms: weights [D] of an RMSNorm that q and k go through first (QK-norm).
+    """
     if _triton(q):
-        return _kernel("rope", "rope")(q, k, cos, sin)
+        q_weight, k_weight = norms or (None, None)
+        return _kernel("rope", "rope")(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
+    if norms is not None:
+        q, k = (rms_norm(x, weight, eps=eps) for x, weight in zip((q, k), norms, strict=True))
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
     return _rotate(q, cos, sin), _rotate(k, cos, sin)

@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, *, causal: bool):
         super().__init__()
         self.layer, self.causal = layer, causal
-        self.head_width = config.head_width
+        self.head_width, self.eps = config.head_width, config.norm.eps
         self.window, self.softcap = config.attention.window, config.attention.softcap
         width, kv_width = config.heads * config.head_width, config.key_value_heads * config.head_width
         bias = config.attention.bias
@@ -82,9 +82,8 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def forward(self, x: Tensor, view: View) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]"""
-        q, (k, v) = self._queries(x), self._keys_and_values(x)
-        if view.rotation is not None:
-            q, k = ops.rope(q, k, *view.rotation)
+        q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self._place(q, k, view.rotation)
         if view.cache is None:
             segments = None if view.segments is None else (view.segments, view.segments)
             if view.prefix is not None:
@@ -102,6 +101,13 @@ class SelfAttention(Attention):
         else:
             y = self._attend_cached(q, k, v, view.slopes, view.cache)
         return self._merge_heads(y)
+
+    def _place(self, q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """QK-norm and RoPE, each where the model has it; both together are one operator."""
+        if rotation is None:
+            return self.q_norm(q), self.k_norm(k)
+        norms = (self.q_norm.weight, self.k_norm.weight) if isinstance(self.q_norm, HeadNorm) else None
+        return ops.rope(q, k, *rotation, norms=norms, eps=self.eps)
 
     def _put_prefix(self, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """k, v [B, G, P + T, D], and who belongs to whom; a cache holds its prefix already."""
