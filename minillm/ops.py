@@ -70,9 +70,13 @@ def rms_norm(
     if _triton(x):
         return _kernel("rms_norm", "rms_norm")(x, weight, eps=eps, residual=residual)
     total = x if residual is None else x + residual
-    wide = torch.promote_types(total.dtype, weight.dtype)  # under autocast; F.rms_norm warns of mixed types
-    y = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(total.dtype)
+    y = _rms_norm(total, weight, eps)
     return y if residual is None else (y, total)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, weight.dtype)  # under autocast; F.rms_norm warns of mixed types
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 def rope(
@@ -92,7 +96,7 @@ def rope(
         q_weight, k_weight = norms or (None, None)
         return _kernel("rope", "rope")(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
     if norms is not None:
-        q, k = (rms_norm(x, weight, eps=eps) for x, weight in zip((q, k), norms, strict=True))
+        q, k = _rms_norm(q, norms[0], eps), _rms_norm(k, norms[1], eps)
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
     return _rotate(q, cos, sin), _rotate(k, cos, sin)

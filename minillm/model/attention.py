@@ -106,7 +106,9 @@ class SelfAttention(Attention):
         """QK-norm and RoPE, each where the model has it; both together are one operator."""
         if rotation is None:
             return self.q_norm(q), self.k_norm(k)
-        norms = (self.q_norm.weight, self.k_norm.weight) if isinstance(self.q_norm, HeadNorm) else None
+        norms = None
+        if isinstance(self.q_norm, HeadNorm) and isinstance(self.k_norm, HeadNorm):
+            norms = (self.q_norm.weight, self.k_norm.weight)
         return ops.rope(q, k, *rotation, norms=norms, eps=self.eps)
 
     def _put_prefix(self, k: Tensor, v: Tensor, view: View) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:

@@ -69,9 +69,9 @@ class TaskModel(nn.Module):
             nn.init.normal_(self.pooler.weight, std=transformer.config.init_std)
             nn.init.zeros_(self.pooler.bias)
 
-    def forward(self, ids: Tensor, *, segments: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """ids [B, T] -> [B, L], or [B, T, L] where nothing is pooled; `inputs` as for `Transformer.states`."""
-        states = self.transformer.states(ids, segments=segments, **inputs)
+    def forward(self, ids: Tensor, *, segments: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> [B, L], or [B, T, L] where nothing is pooled; the others as for `Transformer.states`."""
+        states = self.transformer.states(ids, segments=segments, token_types=token_types)
         if self.pool is not None:
             real = torch.ones_like(ids, dtype=torch.bool) if segments is None else segments >= 0
             states = self.pool(states, real)

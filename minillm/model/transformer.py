@@ -165,6 +165,7 @@ class Transformer(nn.Module):
         """
         self._check(segments, source, token_types, cache, new)
         if self.decoder is None:
+            assert self.encoder is not None
             x = self._embed(ids, token_types, self.embedding)
             return self.encoder(x, self._positions(ids, segments, self.encoder), View(segments=segments))
         memory = None
@@ -185,6 +186,7 @@ class Transformer(nn.Module):
 
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
         """An encoder-decoder's encoder alone: source [B, S] -> [B, S, dim]"""
+        assert self.encoder is not None
         view = View(segments=source_segments)
         x = self._embed(source, None, self.source_embedding or self.embedding)
         return self.encoder(x, self._positions(source, source_segments, self.encoder), view)
