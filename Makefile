@@ -13,7 +13,7 @@ train: .venv/.core
 	$(BIN)/python train.py $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 # Style, types of the public surface, and which package may import which.
 check: .venv/.dev
