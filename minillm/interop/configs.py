@@ -1,8 +1,4 @@
-"""config.json of each family and `ModelConfig`: what the one says, in the other's words.
-
-Reading refuses, by name, whatever would make the model compute something else than ours. Writing refuses, by the
-field's name, what the family cannot express.
-"""
+"""config.json of each family as a `ModelConfig`; what would compute something else than ours is refused by name."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,8 +10,6 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu-tanh", "relu": "relu", "relu2": "relu2", "silu": "silu", "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
 _GATES = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-_THEIRS = {"gelu": "gelu", "gelu-tanh": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu", "tanh": "tanh"}
-_THEIR_GATES = {"swiglu": "silu", "geglu": "gelu"}
 BART_EPS = 1e-5  # no field of BART's: torch's default
 
 

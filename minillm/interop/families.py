@@ -82,7 +82,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     """(pattern, replacement) of names that older files use."""
     zeros: str = ""
-    """Pattern of our biases that the family always has: where ours has none, zeros say the same."""
+    """Pattern of our tensors that the family always has and that add something: where ours has none, zeros say so."""
 
     def rows(self, layers: Mapping[str, int]) -> Iterator[Row]:
         """Every tensor of a model with so many blocks a stack."""
@@ -103,10 +103,10 @@ class Family:
             name = re.sub(pattern, replacement, name)
         return name
 
-    def in_head(self, name: str) -> bool:
-        """Whether a tensor, by its plain name, belongs to the head, which has no prefix."""
-        heads = [theirs for theirs, _, _ in self.head] + [row.theirs for row in self.tensors]
-        return any(name == head or name.startswith(head + ".") for head in heads)
+
+def in_head(name: str) -> bool:
+    """Whether a tensor, by its plain name, belongs to the head, which has no prefix."""
+    return name.startswith(("lm_head.", "cls.", "final_logits_bias"))
 
 
 def _module(theirs: str, ours: str | tuple[str, ...], how: str) -> Iterator[Row]:
@@ -142,7 +142,7 @@ GPT2 = Family(
     head=(("lm_head", "head", SAME),),
     copies={"lm_head.weight": "wte.weight"},
     ignored=r"h\.\d+\.attn\.(bias|masked_bias)",
-    zeros=r"decoder\..*\.bias",
+    zeros=r"decoder\.(blocks|final_norm).*\.bias",
 )
 
 LLAMA = Family(
@@ -222,7 +222,7 @@ BERT = Family(
     ignored=r"embeddings\.(position_ids|token_type_ids)",
     dropped=r"cls\.seq_relationship\.(weight|bias)",
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    zeros=r"(encoder|head)\..*bias|head\.bias",
+    zeros=r"(encoder\.(blocks|embedding_norm)|head\.(dense|norm)).*\.bias|head\.bias|type_embedding\.weight",
 )
 
 
@@ -270,7 +270,7 @@ BART = Family(
         "lm_head.weight": "shared.weight",
     },
     untied={"shared.weight": ("decoder.embed_tokens.weight", "shared.weight")},
-    zeros=r"(encoder|decoder)\..*\.bias|head\.bias",
+    zeros=r"(encoder|decoder)\.(blocks|embedding_norm).*\.bias|head\.bias",
 )
 
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "bert": BERT, "bart": BART}

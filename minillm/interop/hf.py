@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minillm.config import ModelConfig, UserError
 from minillm.interop.configs import Fields, read_config
-from minillm.interop.families import FAMILIES, Family
+from minillm.interop.families import FAMILIES, Family, in_head
 from minillm.interop.folder import is_hf, read_json, read_tensors
 from minillm.model.transformer import Transformer
 
@@ -43,7 +43,7 @@ def read_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor], list[st
     if "quantization_config" in values:
         raise UserError(f"{fields.where}: quantization_config is set; give the model in fp32, bf16 or fp16")
     tensors = _plain(family, read_tensors(folder), folder, fields.notes)
-    lm = family.architectures[architecture] if architecture else any(map(family.in_head, tensors))
+    lm = family.architectures[architecture] if architecture else any(map(in_head, tensors))
     tied = fields.flag("tie_word_embeddings", name in ("gpt2", "bert", "bart"))
     _settle(family, tensors, tied, folder)
     config = read_config(name, fields, tensors, lm=lm)
