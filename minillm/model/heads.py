@@ -52,7 +52,11 @@ POOLS = {"cls": first, "last": last, "mean": mean}
 class TaskModel(nn.Module):
     """A Transformer and the head of one task, under the names `transformer` and `task_head`.
 
-    With `config.pooler` a dense layer and tanh stand between the pooled state and the head, as in BERT.
+    With `config.pooler` a dense layer and tanh stand between the pooled state and the head, as in BERT. Of an
+    encoder-decoder the encoder alone is read.
+
+    `threshold` [L] travels with the weights: what a label's probability, or an answer's lead over no answer, must reach
+    to be given. Tuned on validation data; NaN: never tuned.
     """
 
     def __init__(self, transformer: Transformer, config: HeadConfig):
@@ -63,6 +67,7 @@ class TaskModel(nn.Module):
         self.pooler = nn.Linear(dim, dim) if config.pooler else None
         self.dropout = nn.Dropout(config.dropout)
         self.task_head = nn.Linear(dim, config.outputs)
+        self.register_buffer("threshold", torch.full((config.outputs,), torch.nan))
         nn.init.normal_(self.task_head.weight, std=transformer.config.init_std)
         nn.init.zeros_(self.task_head.bias)
         if self.pooler is not None:

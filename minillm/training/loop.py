@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from minillm.data.batch import Batch
 from minillm.training import checkpoint
 from minillm.training.monitor import Monitor
 from minillm.training.nonfinite import locate
-from minillm.training.objectives import Evaluation, Objective, evaluate
+from minillm.training.objectives import Count, Evaluation, Objective, counted, evaluate, likelihood
 from minillm.training.optim import add_penalties, gradient_norm, set_learning_rate
 from minillm.training.plan import Plan
 from minillm.training.run import cut_metrics
@@ -44,6 +44,8 @@ class Progress:
     """Whether validation and samples of `step` are behind us."""
     best_loss: float | None = None
     best_step: int | None = None
+    best_score: float | None = None
+    """What chose the best step; lower is better: the validation loss, or the negative of the watched metric."""
     worse: int = 0
     """Validations since the best one."""
     loss_sum: float = 0.0
@@ -74,6 +76,30 @@ class Job:
     samples_per_epoch: int
     sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]] | None = None
     """(model, step) -> events to write; must leave torch's global generator alone."""
+    score: Objective = likelihood
+    """What validation sums up; `objective` may add weights and regularisers to it."""
+    count: Count = counted
+    """What the sums of both are divided by."""
+    metrics: Callable[[nn.Module], dict[str, float]] | None = None
+    """Model -> a task's metrics on its validation data, for the validation line."""
+    watch: str | None = None
+    """The metric by which a model is the best, higher is better. None: the validation loss."""
+    allocator: "Allocator | None" = None
+    """AdaLoRA's."""
+
+
+class Allocator(Protocol):
+    """What moves ranks around each optimizer step (minillm/peft/adalora.py)."""
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, step: int) -> None: ...
+
+    def ranks(self) -> dict[str, int]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +154,7 @@ class Loop:
         """One optimizer step: forward and backward for each micro-batch, clip, step."""
         job, progress = self.job, self.progress
         batch = job.batch(progress.step).to(torch.device(job.plan.device))
-        counted = batch.counted
+        counted = job.count(batch)
         lr = set_learning_rate(job.optimizers, progress.step, job.plan.steps, job.settings.optim)
 
         for optimizer in job.optimizers:
@@ -144,6 +170,8 @@ class Loop:
         for optimizer in job.optimizers:
             self.scaler.unscale_(optimizer)
         add_penalties(job.model, job.settings.optim)
+        if job.allocator is not None:
+            job.allocator.before_step()
         norm = gradient_norm(self.parameters)
         mean = total.item() / max(1, counted)
         # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale. Where
@@ -156,6 +184,8 @@ class Loop:
         for optimizer in job.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
+        if job.allocator is not None:
+            job.allocator.after_step(progress.step + 1)
 
         self.lr, self.norm = lr, norm.item()
         progress.step += 1
@@ -200,27 +230,34 @@ class Loop:
             progress.chores_done = True
         wanted = self.signals.save or last or (progress.step > 0 and progress.step % plan.save_every == 0)
         improved = job.settings.train.patience is not None and progress.best_step == progress.step
-        if (wanted or improved) and progress.step > 0:
+        if improved or (wanted and progress.step > 0):  # a finished model may be the best before its first step
             self._save()
         self.signals.poll()
 
     def _validate(self) -> None:
-        progress = self.progress
-        with watch_units(self.job.model) as alive:
-            result: Evaluation = evaluate(self.job.model, self.job.validation(), self.precision, self.signals.poll)
+        job, progress = self.job, self.progress
+        with watch_units(job.model) as alive:
+            result: Evaluation = evaluate(
+                job.model, job.validation(), self.precision, self.signals.poll, job.score, job.count
+            )
+            metrics = {} if job.metrics is None else job.metrics(job.model)
         if progress.step > 0:
             active = {name: units.float().mean().item() for name, units in alive.items()}
-            self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms(), active=active)
+            ranks = {} if job.allocator is None else {"ranks": job.allocator.ranks()}
+            self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms(), active=active, **ranks)
         self.monitor.line(
             "val",
             step=progress.step,
             tokens=progress.tokens,
             loss=result.loss,
-            bits_per_byte=_times(result.loss, self.job.val_bits),
+            bits_per_byte=_times(result.loss, job.val_bits),
             targets=result.targets,
+            **metrics,
         )
-        if progress.best_loss is None or result.loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.worse = result.loss, progress.step, 0
+        score = result.loss if job.watch is None else -metrics[job.watch]
+        if progress.best_score is None or score < progress.best_score:
+            progress.best_score, progress.best_loss = score, result.loss
+            progress.best_step, progress.worse = progress.step, 0
         else:
             progress.worse += 1
 
@@ -245,6 +282,7 @@ class Loop:
             "optimizers": [optimizer.state_dict() for optimizer in self.job.optimizers],
             "scaler": self.scaler.state_dict(),
             "random": _random_state(),
+            "ranks": None if self.job.allocator is None else self.job.allocator.state(),
         }
         checkpoint.save(
             self.job.run,
@@ -317,6 +355,8 @@ def _load(job: Job, scaler: torch.amp.GradScaler, folder: Path) -> Progress:
         for optimizer, values in zip(job.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         scaler.load_state_dict(state["scaler"])
+        if job.allocator is not None:
+            job.allocator.load_state(state["ranks"])
         _set_random_state(state["random"])
         return Progress(**state["progress"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:

@@ -5,6 +5,8 @@ Muon (Jordan et al. 2024) takes the matrices inside the blocks, whose update it 
 matrix, norms and biases stay with AdamW.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +14,27 @@ from minillm.config import OptimConfig
 from minillm.training.schedules import learning_rate
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """One optimizer, or two with Muon; only weights that require gradients are theirs."""
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, scale: Callable[[str], float] | None = None
+) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two with Muon; only weights that require gradients are theirs.
+
+    Args:
+        scale: factor of the learning rate by a parameter's name (layer-wise decay); Muon's share has none.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named if config.name == "muon" and p.ndim == 2 and ".blocks." in name]
     taken = {id(p) for p in hidden}
     matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [_build(config, [group for group in groups if group["params"]])]
+    factors = {id(p): 1.0 if scale is None else scale(name) for name, p in named}
+    groups = [
+        {"params": chosen, "weight_decay": decay, "lr": factor * config.lr}
+        for factor in sorted(set(factors.values()), reverse=True)
+        for part, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if (chosen := [p for p in part if factors[id(p)] == factor])
+    ]
+    optimizers = [_build(config, groups)]
     if hidden:
         muon = torch.optim.Muon(
             hidden,

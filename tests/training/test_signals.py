@@ -72,7 +72,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, number: int,
 def test_a_stop_in_the_last_validation_loses_no_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([5.0, 4.0, 3.0])  # the last one belongs to the resumed run
 
-    def score(model, batches, precision, poll):
+    def score(model, batches, precision, poll, *_):
         if not again and (tmp_path / "checkpoints" / "best").exists():
             send(signal.SIGTERM)
         poll()
