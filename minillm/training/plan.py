@@ -25,6 +25,10 @@ BF16_WIDTH = 192
 """Narrower models spend their time between the matrix products, where bf16 only adds conversions."""
 
 
+VALIDATING = 0.15
+"""Share of the planned minutes that may go into validations."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     device: str
@@ -104,8 +108,9 @@ def make_plan(
     seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll)
     validation = validation_rows * for_row
     if steps is None:
-        steps = _steps_that_fit(60 * settings.minutes, seconds, validation, train.eval_every)
-    eval_every = train.eval_every or max(1, math.ceil(steps / (5 if settings.minutes else 10)))
+        steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, train.eval_every)
+    else:
+        eval_every = train.eval_every or max(1, math.ceil(steps / 10))
     return Plan(
         device=device.type,
         dtype=dtype,
@@ -122,11 +127,13 @@ def make_plan(
     )
 
 
-def _steps_that_fit(time: float, step: float, validation: float, eval_every: int | None) -> int:
-    """Steps for `time`, all in seconds, validations included: at the start, at the end and every `eval_every` steps."""
-    if eval_every is None:  # then one at the start, and one after each fifth
-        return max(1, int((time - 6 * validation) / step))
-    return max(1, int((time - 2 * validation) / (step + validation / eval_every)))
+def _steps_that_fit(time: float, step: float, validation: float, eval_every: int | None) -> tuple[int, int]:
+    """(steps, eval_every) for `time`, all in seconds, validations at the start, at the end and in between included."""
+    if eval_every is not None:
+        return max(1, int((time - 2 * validation) / (step + validation / eval_every))), eval_every
+    parts = min(5, max(1, int(VALIDATING * time / validation) - 1))  # one validation at the start, one after each part
+    steps = max(1, int((time - (1 + parts) * validation) / step))
+    return steps, math.ceil(steps / parts)
 
 
 def _measure(

@@ -133,14 +133,17 @@ def test_half_precision_trains_like_fp32(capsys, text: Path, tmp_path: Path, dty
 
 
 def test_minutes_become_steps(capsys, text: Path, tmp_path: Path, monkeypatch) -> None:
-    """A step of 0.1 s and 0.01 s for each validation row: what is left of six seconds after the validations."""
+    """Steps of 0.2 s: what is left of six seconds after validations, six of them, or fewer where they are dear."""
+    for for_row, validations in ((0.001, 6), (0.04, 2)):
+        monkeypatch.setattr("minillm.training.plan._measure", lambda *_, for_row=for_row: (0.2, for_row))
+        run = tmp_path / f"run-{validations}"
+        assert train(capsys, "--data", text, "--out", run, *TINY, "--minutes", "0.1").code == 0
+        config = json.loads((run / "config.json").read_text())
+        rows = -(-config["corpus"]["val_tokens"] // 16)
+        assert config["plan"]["steps"] == int((6 - validations * rows * for_row) / 0.2) > 2
+        assert len(lines(run, "val")) == validations
+        assert config["settings"]["minutes"] == 0.1 and config["settings"]["steps"] is None
     monkeypatch.setattr("minillm.training.plan._measure", lambda *_: (0.2, 0.01))
-    run = tmp_path / "run"
-    assert train(capsys, "--data", text, "--out", run, *TINY, "--minutes", "0.1").code == 0
-    config = json.loads((run / "config.json").read_text())
-    rows = -(-config["corpus"]["val_tokens"] // 16)
-    assert config["plan"]["steps"] == int((6 - 6 * rows * 0.01) / 0.2) > 2
-    assert config["settings"]["minutes"] == 0.1 and config["settings"]["steps"] is None
     often = tmp_path / "often"
     argv = ["--data", text, "--out", often, *TINY, "--minutes", "0.1", "--train.eval-every", "2"]
     assert train(capsys, *argv).code == 0
