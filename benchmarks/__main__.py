@@ -1,4 +1,11 @@
-"""python -m benchmarks kernels --codegen      what the compiler makes of every kernel, for chips that are not here."""
+"""python -m benchmarks COMMAND: measurements, written as JSON under benchmarks/results/<device>/ and printed.
+
+kernels      every Triton kernel against its peers; --codegen: what the compiler makes of them, for chips not here
+tune         finds the launch choices of this GPU and rewrites kernels/tuned/
+generation   tokens a second with and without KV cache, beside Transformers
+tokenizer    compression and speed of the tokenizer
+tables       writes the README's tables anew from the results
+"""
 
 import argparse
 import sys
@@ -6,33 +13,89 @@ from pathlib import Path
 
 from benchmarks import codegen
 
-RESULTS = Path(__file__).with_name("results")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def kernels(arguments: argparse.Namespace) -> int:
-    return codegen.run(arguments.arch or codegen.ARCHITECTURES, arguments.out, quick=arguments.quick)
+    if arguments.codegen:
+        return codegen.run(arguments.arch or codegen.ARCHITECTURES, arguments.out, quick=arguments.quick)
+    import os
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only before triton is imported, as the next line does
+    from benchmarks import kernels
+
+    return kernels.run(arguments.family or (), arguments.out, quick=arguments.quick)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measurements, written as JSON and printed."
+def tune(arguments: argparse.Namespace) -> int:
+    from benchmarks import tune
+
+    return tune.run(arguments.family or (), arguments.out, quick=arguments.quick)
+
+
+def generation(arguments: argparse.Namespace) -> int:
+    from benchmarks import generation
+
+    return generation.run(arguments.model, arguments.out, quick=arguments.quick)
+
+
+def tokenizer(arguments: argparse.Namespace) -> int:
+    from benchmarks import tokenizer
+
+    return tokenizer.run(arguments.out, quick=arguments.quick)
+
+
+def tables(arguments: argparse.Namespace) -> int:
+    from benchmarks import tables
+
+    return tables.run(arguments.readme, arguments.out, check=arguments.check)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("kernels", help="the Triton kernels")
-    command.add_argument(
-        "--codegen", action="store_true", required=True, help="compile every shipped configuration; needs no GPU"
-    )
-    command.add_argument(
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, help: str, *, quick: str | None) -> argparse.ArgumentParser:
+        added = commands.add_parser(function.__name__, help=help)
+        added.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="the results' folder")
+        if quick:
+            added.add_argument("--quick", action="store_true", help=quick)
+        added.set_defaults(function=function)
+        return added
+
+    added = command(kernels, "the Triton kernels", quick="few shapes; with --codegen one configuration of each kernel")
+    added.add_argument("--family", action="append", metavar="F", help="one family, may be repeated (default: all)")
+    added.add_argument("--codegen", action="store_true", help="only compile every shipped configuration; needs no GPU")
+    added.add_argument(
         "--arch",
         action="append",
         choices=codegen.ARCHITECTURES,
-        help=f"one chip, may be repeated (default: {', '.join(codegen.ARCHITECTURES)})",
+        help=f"with --codegen: one chip, may be repeated (default: {', '.join(codegen.ARCHITECTURES)})",
     )
-    command.add_argument("--quick", action="store_true", help="one configuration of each kernel")
-    command.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the JSON goes")
-    command.set_defaults(function=kernels)
-    arguments = parser.parse_args(argv)
-    return arguments.function(arguments)
+    added = command(tune, "launch choices for this GPU", quick="few candidates, common shapes")
+    added.add_argument("--family", action="append", metavar="F", help="one tuned table, may be repeated (default: all)")
+    added = command(generation, "tokens a second", quick="a tiny model, few tokens")
+    added.add_argument("--model", metavar="MODEL", help="a preset's name or a MODEL folder (default: gpt2)")
+    command(tokenizer, "compression, MB a second", quick="a small part of the corpus")
+    added = command(tables, "the README's tables", quick=None)
+    added.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="the file to rewrite")
+    added.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.function(arguments)
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
