@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import rms_norm as module
 from kernels._launch import candidate, runs_triton
 from kernels.rms_norm import rms_norm, rms_norm_reference
-from tests.kernels.compare import DEVICES, DTYPES, compare, every, normal, pairwise, results
+from tests.kernels.compare import DEVICES, DTYPES, compare, normal, pairwise, results, sampled
 
 EPS = 1e-6
 GRID = {
@@ -60,8 +60,8 @@ def test_equals_the_reference(case: dict, device: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("case", every(**GRID))
-def test_equals_the_reference_everywhere(case: dict) -> None:
+@pytest.mark.parametrize("case", sampled(**GRID))
+def test_equals_the_reference_in_many_cases(case: dict) -> None:
     check(*tensors((case["rows"], case["width"]), case["dtype"], case["residual"], case["scale"], "cpu"))
 
 

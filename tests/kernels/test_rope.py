@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import rope as module
 from kernels._launch import runs_triton
 from kernels.rope import rope, rope_reference
-from tests.kernels.compare import DEVICES, DTYPES, compare, every, pairwise, results
+from tests.kernels.compare import DEVICES, DTYPES, compare, pairwise, results, sampled
 
 EPS = 1e-6
 GRID = {
@@ -87,8 +87,8 @@ def test_equals_the_reference(case: dict, device: str) -> None:
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("case", every(**GRID))
-def test_equals_the_reference_everywhere(case: dict) -> None:
+@pytest.mark.parametrize("case", sampled(**GRID))
+def test_equals_the_reference_in_many_cases(case: dict) -> None:
     check_case(case, "cpu")
 
 
