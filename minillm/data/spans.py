@@ -50,7 +50,7 @@ class Answer:
     score: float
     """start + end of the best span."""
     null: float
-    """start + end of "no answer"; what lies above it by more than a threshold is answered."""
+    """start + end of "no answer"; where `score` exceeds it by a threshold or more, the answer is given."""
 
 
 def read_spans(path: str | Path, *, labelled: bool = True) -> list[SpanExample]:

@@ -57,7 +57,7 @@ def answer_scores(answers: Sequence[str], golden: Sequence[Sequence[str]]) -> di
 def best_null_threshold(
     answers: Sequence[str], margins: np.ndarray, golden: Sequence[Sequence[str]]
 ) -> tuple[float, float]:
-    """(threshold, mean F1 there): an answer is given where score − null lies above the threshold, and F1 is highest.
+    """(threshold, mean F1 there): answers whose score − null reaches it are given, and F1 is the highest possible.
 
     Args:
         margins: [N] score − null of each answer.
@@ -79,7 +79,7 @@ def best_null_threshold(
     above = ranked[best - 1] if best else ranked[0] + 2.0
     below = ranked[best] if best < len(ranked) else ranked[-1] - 2.0
     middle = float((above + below) / 2)
-    return (middle if middle < above else float(below)), float(total[best] / len(answers))
+    return (middle if middle > below else float(above)), float(total[best] / len(answers))  # neighbouring floats round
 
 
 def _golden(golden: Sequence[str]) -> list[str]:

@@ -58,9 +58,11 @@ def test_no_null_threshold_has_a_higher_f1() -> None:
         margins = np.round(generator.normal(size=20), 1)
 
         def f1(threshold: float, answers=answers, margins=margins, golden=golden) -> float:
-            given = [a if m > threshold else "" for a, m in zip(answers, margins, strict=True)]
+            given = [a if m >= threshold else "" for a, m in zip(answers, margins, strict=True)]
             return answer_scores(given, golden)["f1"]
 
         threshold, best = best_null_threshold(answers, margins, golden)
         assert f1(threshold) == pytest.approx(best)
         assert best == pytest.approx(max(f1(t) for t in [-10.0, *margins, 10.0]))
+    near = np.nextafter(1.0, 0.0)
+    assert best_null_threshold(["dog", "dog"], np.array([1.0, near]), [["dog"], []]) == (1.0, 1.0)
