@@ -82,7 +82,7 @@ _QUICK = {"optim": {"name": "muon", "lr": 2e-3, "schedule": "wsd"}, "train": {"b
 
 RUNS: dict[str, dict[str, Any]] = {
     "default": {
-        "minutes": 5.0,
+        "minutes": 4.5,
         "model": MODELS["llama-5m"],
         "optim": {"name": "muon", "lr": 2e-3, "schedule": "wsd"},
         "train": {"batch": 8},
