@@ -9,10 +9,9 @@ import re
 
 from minillm.config import ModelConfig
 
-_BLOCK = re.compile(r"(?:^|\.)(encoder|decoder)\.blocks\.(\d+)\.")
-_BEFORE = re.compile(
-    r"(?:^|\.)(?:(encoder|decoder)\.(?:position|embedding_norm|front)\.|(?:embedding|type_embedding|source_embedding)\.)"
-)
+_STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
+_BLOCK = re.compile(r"\.blocks\.(\d+)\.")
+_BEFORE = re.compile(r"(?:^|\.)(?:(?:type_|source_)?embedding|embedding_norm|front)\.")
 
 
 def stack_layers(config: ModelConfig, stack: str | None) -> int:
@@ -23,11 +22,11 @@ def stack_layers(config: ModelConfig, stack: str | None) -> int:
 
 def depth(name: str, config: ModelConfig) -> tuple[int, int]:
     """(depth, L) of the parameter `name`, whatever module the Transformer stands in."""
+    stack = _STACK.search(name)
+    layers = stack_layers(config, stack[1] if stack else None)
     if block := _BLOCK.search(name):
-        return int(block[2]) + 1, stack_layers(config, block[1])
-    before = _BEFORE.search(name)
-    layers = stack_layers(config, before[1] if before else None)
-    return (0 if before else layers + 1), layers
+        return int(block[1]) + 1, layers
+    return (0 if _BEFORE.search(name) else layers + 1), layers
 
 
 def layer_scale(name: str, config: ModelConfig, decay: float) -> float:

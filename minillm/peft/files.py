@@ -76,7 +76,9 @@ def load(model: nn.Module, folder: str | Path, *, rename: Rename = Place) -> Ada
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFile(f"{folder / CONFIG} is damaged: {error!r}") from error
     native = "minillm_method" in values
-    if config.method == "adalora":  # layers joined for PEFT have the ranks of all their parts
+    if (
+        config.method == "adalora" and values["init_r"] != config.start_rank
+    ):  # layers joined for PEFT have the ranks of all their parts
         config = replace(config, initial_rank=values["init_r"], alpha=float(values["lora_alpha"]))
     adapted = inject(model, config, extra=extra) if native else Adapted(model, config, extra)
     try:

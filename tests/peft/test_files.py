@@ -1,0 +1,124 @@
+"""What moved, written and read back: the same logits bit for bit, nothing else in the files, nothing wrong taken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minillm.config import DamagedFile, UserError
+from minillm.model.transformer import Transformer
+from minillm.peft.config import MethodConfig
+from minillm.peft.files import CONFIG, TENSORS, load, save
+from minillm.peft.inject import Adapted, inject
+from tests.model.configs import build, small
+from tests.peft.helpers import METHODS, SHAPES, Tagger, inputs, move
+
+
+def base(shape: str = "decoder", seed: int = 3) -> Transformer:
+    torch.manual_seed(seed)
+    return build(small(**SHAPES[shape]))
+
+
+def trained(method: str, shape: str = "decoder") -> Adapted:
+    adapted = inject(base(shape), MethodConfig(**METHODS[method]))
+    move(adapted.model)
+    if adapted.allocator is not None:
+        for i, layer in enumerate(adapted.allocator.layers.values()):
+            layer.kept.copy_(torch.tensor([i % 2 == 0, i % 3 != 0, True]))
+            layer.lora_E.data[~layer.kept] = 0.0
+    return adapted
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same_bit_for_bit(method: str, shape: str, tmp_path: Path) -> None:
+    adapted, batch = trained(method, shape), inputs(shape)
+    expected = adapted.model(**batch)
+    save(adapted, tmp_path)
+    again = load(base(shape), tmp_path)
+    assert torch.equal(again.model(**batch), expected)
+    assert again.config == adapted.config
+    if adapted.allocator is not None:
+        assert again.allocator.ranks() == adapted.allocator.ranks()
+    if method != "prefix-network":  # which is saved as what it makes
+        left = {name for name, p in adapted.model.named_parameters() if p.requires_grad}
+        assert {name for name, p in again.model.named_parameters() if p.requires_grad} == left
+    if method not in ("full", "freeze"):
+        again.remove()
+        assert torch.equal(again.model(**batch), base(shape)(**batch))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_head_of_a_task_travels_with_it(method: str, tmp_path: Path) -> None:
+    model = Tagger(base())
+    adapted = inject(model, MethodConfig(**METHODS[method]), extra=["head"])
+    move(model)
+    save(adapted, tmp_path)
+    batch, expected = inputs("decoder"), None
+    expected = model(**batch)
+    again = Tagger(base())
+    assert not torch.equal(again(**batch), expected)
+    load(again, tmp_path)
+    assert torch.equal(again(**batch), expected)
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_moved_is_written(method: str, tmp_path: Path) -> None:
+    adapted = trained(method)
+    save(adapted, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    moved = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
+    if method == "adalora":
+        moved = sum(
+            rank * (layer.in_features + layer.out_features + 1)
+            for rank, layer in zip(adapted.allocator.ranks().values(), adapted.grown.values(), strict=True)
+        )
+    if method == "prefix-network":
+        moved = 3 * 2 * 2 * 2 * 4
+    assert sum(tensor.numel() for tensor in tensors.values()) == moved
+    assert (tmp_path / CONFIG).is_file()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_base_model_is_refused_and_left_alone(method: str, tmp_path: Path) -> None:
+    save(trained(method), tmp_path)
+    other = base(seed=4)
+    names = set(other.state_dict())
+    with pytest.raises(UserError, match="was trained on another model: its weights hash to"):
+        load(other, tmp_path)
+    assert set(other.state_dict()) == names and all(p.requires_grad for p in other.parameters())
+
+
+def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    save(trained("lora"), tmp_path)
+    for name in (TENSORS, CONFIG):
+        whole = (tmp_path / name).read_bytes()
+        for place in (12, len(whole) // 2, len(whole) - 3):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=r"damaged|is not what was written"):
+                load(base(), tmp_path)
+        (tmp_path / name).write_bytes(whole[:-9])
+        with pytest.raises(DamagedFile):
+            load(base(), tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    load(base(), tmp_path)
+
+
+def test_a_folder_without_an_adapter_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"holds no adapter: {TENSORS} is missing"):
+        load(base(), tmp_path)
+
+
+def test_the_config_is_one_that_peft_knows(tmp_path: Path) -> None:
+    save(trained("lora"), tmp_path, base_model="runs/base")
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert values["peft_type"] == "LORA" and values["task_type"] == "CAUSAL_LM"
+    assert (values["r"], values["lora_alpha"], values["base_model_name_or_path"]) == (3, 5, "runs/base")
+    assert "decoder.blocks.1.attention.v_proj" in values["target_modules"] and len(values["target_modules"]) == 14
