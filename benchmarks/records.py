@@ -54,8 +54,11 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def provenance(*packages: str) -> Row:
-    """What every row carries: device, versions, commit (None outside git), sources, date in UTC, and the load (processes
-    that wanted a core in the minute before: above the number of cores, times on a CPU suffered from others)."""
+    """What every row carries: device, versions, commit (None outside git), sources, date in UTC, and the load.
+
+    The load is how many processes wanted a core in the minute before: where that is more than there are cores, times
+    on a CPU suffered from others.
+    """
     return {
         "device": device_name(),
         "versions": {"python": platform.python_version(), **versions("torch", "triton", *packages)},

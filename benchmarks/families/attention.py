@@ -10,6 +10,7 @@ B batch, T queries, S keys, H query heads, G key/value heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,15 +35,15 @@ def dense(scale: str) -> Iterator[Case]:
     for dtype in DTYPES[scale]:
         if scale == "small":
             for causal in (True, False):
-                yield from _flash(2, 4, 2, 40, 16, dtype, {"causal": causal})
+                yield from flash(2, 4, 2, 40, 16, dtype, {"causal": causal})
             continue
-        yield from _flash(64, 12, 12, 1024, 64, dtype, {"causal": True})
+        yield from flash(64, 12, 12, 1024, 64, dtype, {"causal": True})
         for D in (64, 128, 256) if scale == "full" else (64, 128):
             for T in (512, 1024, 2048, 4096, 8192, 16384) if scale == "full" else (1024, 4096, 16384):
                 for causal in (True, False) if scale == "full" else (True,):
                     for group in (1, 4) if scale == "full" else (1,):
                         H = WIDTH // D
-                        yield from _flash(TOKENS // T, H, H // group, T, D, dtype, {"causal": causal})
+                        yield from flash(TOKENS // T, H, H // group, T, D, dtype, {"causal": causal})
 
 
 def masked(scale: str) -> Iterator[Case]:
@@ -58,10 +59,10 @@ def masked(scale: str) -> Iterator[Case]:
             options += [{"documents": list(DOCUMENTS)}] if scale == "full" else []
         for shape in shapes:
             for option in [*options, {"alibi": True}, {"softcap": 30.0}]:
-                yield from _flash(*shape, dtype, {"causal": True, **option})
+                yield from flash(*shape, dtype, {"causal": True, **option})
 
 
-def _flash(B: int, H: int, G: int, T: int, D: int, dtype: torch.dtype, options: dict[str, Any]) -> Iterator[Case]:
+def flash(B: int, H: int, G: int, T: int, D: int, dtype: torch.dtype, options: dict[str, Any]) -> Iterator[Case]:
     lengths = options.get("documents")
     left = options["window"][0] if "window" in options else None
     pairs = roofs.visible_pairs(T, T, causal=options["causal"], window=left, documents=lengths)
@@ -85,8 +86,8 @@ def _flash(B: int, H: int, G: int, T: int, D: int, dtype: torch.dtype, options: 
 
         return call
 
-    plain = set(options) == {"causal"}
-    providers = {OURS: with_options(flash_attention)}
+    plain = set(options) <= {"causal", "deterministic"}
+    providers = {OURS: with_options(partial(flash_attention, deterministic=options.get("deterministic", False)))}
     if B * H * T * T * 4 <= LARGEST_SCORES:
         providers["eager"] = with_options(eager_attention)
         providers["torch.compile"] = compiled(with_options(eager_attention))
@@ -203,15 +204,15 @@ def decode(scale: str) -> Iterator[Case]:
     """One new query a row, 32 heads of 128 on 8 or 32 key/value heads, 512 to 32k keys."""
     if scale == "small":
         for dtype in DTYPES[scale]:
-            yield _decode(2, 4, 2, 70, 16, dtype)
+            yield decoding(2, 4, 2, 70, 16, dtype)
         return
     for B in (1, 8, 32):
         for G in (8, 32) if scale == "full" else (8,):
             for S in (512, 2048, 8192, 32768) if scale == "full" else (4096, 32768):
-                yield _decode(B, 32, G, S, 128, torch.bfloat16)
+                yield decoding(B, 32, G, S, 128, torch.bfloat16)
 
 
-def _decode(B: int, H: int, G: int, S: int, D: int, dtype: torch.dtype) -> Case:
+def decoding(B: int, H: int, G: int, S: int, D: int, dtype: torch.dtype) -> Case:
     def inputs(device: torch.device) -> dict[str, Tensor]:
         return {
             "q": normal(B, H, 1, D, device=device, dtype=dtype),

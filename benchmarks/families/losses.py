@@ -38,10 +38,10 @@ def cross_entropies(scale: str) -> Iterator[Case]:
     for dtype in DTYPES[scale]:
         for M in TOKENS[scale]:
             for _, V in SIZES[scale]:
-                yield _cross_entropy(M, V, dtype)
+                yield of_logits(M, V, dtype)
 
 
-def _cross_entropy(M: int, V: int, dtype: torch.dtype) -> Case:
+def of_logits(M: int, V: int, dtype: torch.dtype) -> Case:
     def eager(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets)  # as autocast does it
 
@@ -77,10 +77,10 @@ def linear_cross_entropies(scale: str) -> Iterator[Case]:
     for dtype in DTYPES[scale]:
         for M in TOKENS[scale]:
             for N, V in SIZES[scale]:
-                yield _linear_cross_entropy(M, N, V, dtype)
+                yield of_hidden(M, N, V, dtype)
 
 
-def _linear_cross_entropy(M: int, N: int, V: int, dtype: torch.dtype) -> Case:
+def of_hidden(M: int, N: int, V: int, dtype: torch.dtype) -> Case:
     def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 

@@ -26,74 +26,79 @@ LENGTH = 2048  # tokens of a row in the RoPE cases
 DTYPES = {"full": (torch.bfloat16,), "quick": (torch.bfloat16,), "small": INTERPRETED_DTYPES}
 
 
+def _eager_rms(x: Tensor, weight: Tensor, residual: Tensor | None = None):
+    total = x if residual is None else x + residual
+    y = F.rms_norm(total, weight.shape, weight, 1e-6)
+    return y if residual is None else (y, total)
+
+
+def _eager_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None):
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, weight.shape, weight, bias, 1e-5)
+    return y if residual is None else (y, total)
+
+
+def _liger_rms(x: Tensor, weight: Tensor, residual: Tensor | None = None):
+    from liger_kernel.transformers import functional
+
+    if residual is None:
+        return functional.liger_rms_norm(x, weight, 1e-6, in_place=False)
+    return functional.liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
+
+
+def _liger_layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None):
+    from liger_kernel.transformers import functional
+
+    total = x if residual is None else x + residual
+    y = functional.liger_layer_norm(total, weight, bias, 1e-5)
+    return y if residual is None else (y, total)
+
+
+NORMS: dict[str, tuple[Function, Function, Function, Function]] = {  # ours, reference, eager PyTorch, Liger
+    "rms_norm": (rms_norm, rms_norm_reference, _eager_rms, _liger_rms),
+    "layer_norm": (layer_norm, layer_norm_reference, _eager_layer, _liger_layer),
+}
+
+
 def rms_norms(scale: str) -> Iterator[Case]:
-    def eager(x: Tensor, weight: Tensor, residual: Tensor | None = None):
-        total = x if residual is None else x + residual
-        y = F.rms_norm(total, weight.shape, weight, 1e-6)
-        return y if residual is None else (y, total)
-
-    def ligers(x: Tensor, weight: Tensor, residual: Tensor | None = None):
-        from liger_kernel.transformers import functional
-
-        if residual is None:
-            return functional.liger_rms_norm(x, weight, 1e-6, in_place=False)
-        return functional.liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
-
-    yield from _norms("rms_norm", scale, rms_norm, rms_norm_reference, eager, ligers, bias=False)
+    yield from _norms("rms_norm", scale)
 
 
 def layer_norms(scale: str) -> Iterator[Case]:
-    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None):
-        total = x if residual is None else x + residual
-        y = F.layer_norm(total, weight.shape, weight, bias, 1e-5)
-        return y if residual is None else (y, total)
-
-    def ligers(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None):
-        from liger_kernel.transformers import functional
-
-        total = x if residual is None else x + residual
-        y = functional.liger_layer_norm(total, weight, bias, 1e-5)
-        return y if residual is None else (y, total)
-
-    yield from _norms("layer_norm", scale, layer_norm, layer_norm_reference, eager, ligers, bias=True)
+    yield from _norms("layer_norm", scale)
 
 
-def _norms(
-    kernel: str, scale: str, ours: Function, exact: Function, eager: Function, ligers: Function, *, bias: bool
-) -> Iterator[Case]:
+def _norms(kernel: str, scale: str) -> Iterator[Case]:
     for dtype in DTYPES[scale]:
         for M in TOKENS[scale]:
             for N in WIDTHS[scale]:
                 for residual in (False, True):
-                    yield from _norm(kernel, M, N, dtype, residual, ours, exact, eager, ligers, bias)
+                    for direction in ("forward", "backward"):
+                        yield norm(kernel, M, N, dtype, direction, residual=residual)
 
 
-def _norm(
-    kernel: str, M: int, N: int, dtype: torch.dtype, residual: bool,
-    ours: Function, exact: Function, eager: Function, ligers: Function, bias: bool,
-) -> Iterator[Case]:  # fmt: skip
+def norm(kernel: str, M: int, N: int, dtype: torch.dtype, direction: str, *, residual: bool = False) -> Case:
+    """One norm of x [M, N]; with `residual` of the sum, which is an output too."""
+    ours, exact, eager, ligers = NORMS[kernel]
+    vectors = ["weight", "bias"] if kernel == "layer_norm" else ["weight"]
+
     def inputs(device: torch.device) -> dict[str, Tensor]:
-        names = ["x"] + ["residual"] * residual
-        tensors = {name: normal(M, N, device=device, dtype=dtype) for name in names}
-        tensors |= {name: normal(N, device=device, dtype=dtype) for name in ["weight"] + ["bias"] * bias}
-        return tensors
+        rows = {name: normal(M, N, device=device, dtype=dtype) for name in ["x"] + ["residual"] * residual}
+        return rows | {name: normal(N, device=device, dtype=dtype) for name in vectors}
 
-    def case(direction: str) -> Case:
-        return Case(
-            kernel=kernel,
-            shape={"M": M, "N": N} | ({"residual": True} if residual else {}),
-            direction=direction,
-            dtype=dtype,
-            inputs=inputs,
-            providers=peers(ours, eager, **liger(liger=ligers)),
-            torchs=eager,
-            exact=exact,
-            work=roofs.norm_bytes(M, N, dtype.itemsize, direction, residual=residual),
-            roof=("copy",),
-            codegen=(f"{kernel}_{direction}/n{max(128, 1 << (N - 1).bit_length())}/",),
-        )
-
-    yield from directions(case, "forward", "backward")
+    return Case(
+        kernel=kernel,
+        shape={"M": M, "N": N} | ({"residual": True} if residual else {}),
+        direction=direction,
+        dtype=dtype,
+        inputs=inputs,
+        providers=peers(ours, eager, **liger(liger=ligers)),
+        torchs=eager,
+        exact=exact,
+        work=roofs.norm_bytes(M, N, dtype.itemsize, direction, residual=residual),
+        roof=("copy",),
+        codegen=(f"{kernel}_{direction}/n{max(128, 1 << (N - 1).bit_length())}/",),
+    )
 
 
 def ropes(scale: str) -> Iterator[Case]:
@@ -101,10 +106,10 @@ def ropes(scale: str) -> Iterator[Case]:
         for tokens in TOKENS[scale]:
             for H, G, D in HEADS[scale]:
                 T = min(tokens, LENGTH)
-                yield from _rope(tokens // T, T, H, G, D, dtype)
+                yield from rotation(tokens // T, T, H, G, D, dtype)
 
 
-def _rope(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> Iterator[Case]:
+def rotation(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> Iterator[Case]:
     def inputs(device: torch.device) -> dict[str, Tensor]:
         angle = torch.arange(T, device=device)[:, None] * 1e4 ** (-torch.arange(D // 2, device=device) / (D // 2))
         return {
@@ -152,10 +157,10 @@ def swiglus(scale: str) -> Iterator[Case]:
     for dtype in DTYPES[scale]:
         for M in TOKENS[scale]:
             for width in HIDDEN[scale]:
-                yield from _swiglu(M, width, dtype)
+                yield from gated(M, width, dtype)
 
 
-def _swiglu(M: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
+def gated(M: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     def inputs(device: torch.device) -> dict[str, Tensor]:
         return {name: normal(M, width, device=device, dtype=dtype) for name in ("gate", "up")}
 
