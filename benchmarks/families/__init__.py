@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,11 +57,16 @@ def directions(of: Callable[[str], Case], *names: str) -> Iterator[Case]:
 
 
 def compiled(function: Function, mode: str | None = None) -> Function:
-    """torch.compile for one shape; the backward may run again and again on a retained graph."""
-    import torch._functorch.config
+    """torch.compile for one shape, from the first call on; the backward may run again and again on a retained graph."""
 
-    torch._functorch.config.donated_buffer = False  # else the second backward on one graph is refused
-    return torch.compile(function, dynamic=False, mode=mode)
+    @cache
+    def made() -> Function:
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False  # else the second backward on one graph is refused
+        return torch.compile(function, dynamic=False, mode=mode)
+
+    return lambda *args, **kwargs: made()(*args, **kwargs)
 
 
 def peers(ours: Function, eager: Function, **others: Function) -> dict[str, Function]:
