@@ -47,6 +47,8 @@ def run_tokenizer(settings: Settings, source: Source, run: Path) -> Tokenizer:
             tokenizer = train(
                 texts, type=settings.tokenizer.type, vocab_size=settings.tokenizer.vocab_size, seed=settings.seed
             )
+        except UserError:  # the source's, which names its place already
+            raise
         except ValueError as error:
             raise UserError(f"{source.name}: {error} (--tokenizer.vocab-size N)") from error
     tokenizer.save(folder)
