@@ -59,21 +59,8 @@ def run_shards(settings: Settings, source: Source, run: Path, tokenizer: Tokeniz
     """The run's token ids: those of a prepared folder, else those in the run folder, made first where they are not."""
     folder = source.prepared or run / "data"
     if source.prepared is None and not is_prepared(folder):
-        with tqdm(
-            total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None, file=sys.stderr
-        ) as bar:
-            shutil.rmtree(folder, ignore_errors=True)
-            prepare(
-                source,
-                folder,
-                encode=tokenizer.encode_batch,
-                tokenizer_hash=tokenizer.hash,
-                vocab_size=tokenizer.vocab_size,
-                document_id=tokenizer.document_id,
-                validation=settings.data.validation,
-                workers=settings.data.workers,
-                progress=lambda done, _: bar.update(done - bar.n),
-            )
+        shutil.rmtree(folder, ignore_errors=True)
+        tokenize(source, folder, tokenizer, validation=settings.data.validation, workers=settings.data.workers)
     return open_shards(
         folder, tokenizer_hash=tokenizer.hash, vocab_size=settings.model.vocab_size or tokenizer.vocab_size
     )
