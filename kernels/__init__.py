@@ -1,3 +1,3 @@
-"""Triton operators, one per file. Inert on purpose: a package of the same name exists, and Transformers probes for it."""
+"""Triton operators, one per file. Inert on purpose: Transformers probes for another package of the same name."""
 
 __version__ = "0.1.0"

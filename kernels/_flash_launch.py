@@ -113,7 +113,7 @@ class Call:
         self.slopes = slopes.float().contiguous() if slopes is not None else None
         factor = math.log2(math.e) * (scale if softcap is None and slopes is None else 1.0)
         self.numbers = scale, factor, softcap, left, right, self.H, self.G, self.T, self.S
-        self.constants = _constants(self.D, q.dtype)
+        self.constants = head_constants(self.D, q.dtype)
 
     def launch(self, table: str, *tensors: Tensor | None, strided: tuple[Tensor, ...], own_keys=False):
         """Run the kernel of `table` with its tuned choices: one program for each own block of each head."""
@@ -132,7 +132,8 @@ class Call:
         )  # fmt: skip
 
 
-def _constants(D: int, dtype: torch.dtype) -> dict[str, Any]:
+def head_constants(D: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel is compiled with for heads of that width and dtype, besides its tuned choices."""
     # tl.dot takes at least 16, and the interpreter's is wrong for bf16.
     exact = dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
     return {
@@ -148,7 +149,7 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     for table, function in KERNELS.items():
         for row, choice in shipped(table, arch).items():
             shape, dtype = row.split("/")
-            constants = _constants(int(shape[1:]), getattr(torch, dtype)) | choice
+            constants = head_constants(int(shape[1:]), getattr(torch, dtype)) | choice
             options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
             for form, absent in (("causal", ABSENT), ("everything", ())):
                 types = _types(dtype, fused=table == "flash_attention_backward")

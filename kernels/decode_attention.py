@@ -23,21 +23,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ._flash_launch import WIDEST, Window, check, rows
+from ._flash_launch import WIDEST, Window, check, head_constants, rows
 from ._flash_tiles import in_use, tanh, tile
-from ._launch import (
-    INTERPRETED,
-    POINTERS,
-    AotCase,
-    architecture,
-    jit,
-    multiprocessors,
-    runs_triton,
-    shipped,
-    tl,
-    triton,
-    tuned,
-)
+from ._launch import POINTERS, AotCase, architecture, jit, multiprocessors, runs_triton, shipped, tl, triton, tuned
 from .flash_attention import flash_attention_reference
 
 MOST_SPLITS = 128
@@ -177,7 +165,7 @@ def _op(
         lengths = lengths.to(torch.int64)
     lengths = lengths.contiguous()
     slopes = None if slopes is None else slopes.float().contiguous()
-    constants = _constants(D, q.dtype, torch.backends.cuda.matmul.allow_tf32)
+    constants = head_constants(D, q.dtype)
     key = f"d{constants['BLOCK_D']}"
     choice = dict(tuned("decode_attention", architecture(q.device), key, q.dtype))
     block_m = min(choice.pop("BLOCK_M"), max(16, triton.next_power_of_2(H // G * T)))  # tl.dot takes at least 16
@@ -202,18 +190,6 @@ def split_count(programs: int, blocks: int, processors: int) -> int:
     """Splits, a power of 2: two programs for each multiprocessor, as far as there are blocks of keys to hand out."""
     wanted = min(-(-2 * processors // programs), max(blocks, 1), MOST_SPLITS)
     return 1 << (wanted - 1).bit_length()
-
-
-def _constants(D: int, dtype: torch.dtype, allow_tf32: bool) -> dict[str, object]:
-    # tl.dot takes at least 16, and the interpreter's is wrong for bf16.
-    tf32 = dtype == torch.float32 and allow_tf32
-    widen = INTERPRETED and dtype == torch.bfloat16
-    return {
-        "D": D,
-        "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
-        "WIDEN": widen,
-        "PRECISION": "tf32" if tf32 else "ieee",
-    }
 
 
 def decode_attention(
@@ -280,7 +256,7 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     """Every shipped configuration: one query and a full tile of them, plain and with every option."""
     for key, choice in shipped("decode_attention", arch).items():
         width, dtype = key.split("/")
-        constants = _constants(int(width[1:]), getattr(torch, dtype), False) | {"BLOCK_N": choice["BLOCK_N"]}
+        constants = head_constants(int(width[1:]), getattr(torch, dtype)) | {"BLOCK_N": choice["BLOCK_N"]}
         options = {name: choice[name] for name in ("num_warps", "num_stages")}
         for block_m in sorted({16, choice["BLOCK_M"]}):
             for form, absent in (("plain", ("slopes_ptr", "softcap", "left")), ("everything", ())):
