@@ -36,9 +36,8 @@ SAMPLE = (
     "",
     " ",
     "\n\n \n",
-    "<0x41> </s> [MASK] &amp; \\n \x00\x01\x7f",
+    "<0x41> &amp; \\n \x00\x01\x7f",
 )
-_SPELLING = re.compile(r"<\|[^|<>]*\|>")
 
 
 def export(model: Transformer, tokenizer: Any, out: str | Path, *, chat_template: str | None = None) -> list[str]:
@@ -174,12 +173,10 @@ def _write_tokenizer(folder: Path, config: ModelConfig, tokenizer: Any, chat_tem
 
 
 def _notes(config: ModelConfig, tokenizer: Any) -> list[str]:
-    notes = []
-    if not isinstance(tokenizer, HFTokenizer):
-        notes.append(
-            "Transformers takes the spelling of a special token, such as <|end|>, for the token itself wherever it "
-            "stands in a text; pass split_special_tokens=True there to have it as text, as here"
-        )
+    notes = [
+        f"Transformers takes the spelling of a special token, such as {tokenizer.pieces[tokenizer.end_id]}, for the "
+        "token itself wherever it stands in a text; pass split_special_tokens=True there to have it as text, as here"
+    ]
     if config.dropout and config.position.kind == "rope":
         notes.append(f"model.dropout={config.dropout} has no place in the exported config: it matters in training only")
     if not has_head(config):
@@ -229,7 +226,8 @@ def _verify_ids(folder: Path, tokenizer: Any) -> list[str]:
 
     opened = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     reordered = 0
-    texts = [text for text in map(_writable(tokenizer), _sample()) if not _SPELLING.search(text)]
+    spellings = [tokenizer.pieces[i] for i in tokenizer.special.values()]
+    texts = [text for text in map(_writable(tokenizer), _sample()) if not any(one in text for one in spellings)]
     for text in texts:
         ids = tokenizer.encode(text)
         theirs = opened.encode(text, add_special_tokens=False)

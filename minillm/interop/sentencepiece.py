@@ -12,7 +12,8 @@ pair is joined first, and what is left over stands at the right.
 from typing import Any
 
 SPACE_MARK = "\u2581"
-_NEVER = -1e6  # the score of what text must not become: bytes, which spell characters, and special tokens
+_NO_TEXT = r"<(?=0x[0-9A-F]{2}>|\|[a-z0-9-]+\|>)"
+"""Where unigram's text is cut: the library takes the names of bytes and special tokens for pieces of text."""
 
 
 def tokenizer_json(model: bytes, type: str) -> str:
@@ -23,7 +24,7 @@ def tokenizer_json(model: bytes, type: str) -> str:
         type: bpe, unigram or char.
     """
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pieces = SentencePieceProcessor(model_proto=model)
     size = pieces.vocab_size()
@@ -32,8 +33,8 @@ def tokenizer_json(model: bytes, type: str) -> str:
     texts = [names[i] if i in special else names[i].replace(SPACE_MARK, " ") for i in range(size)]
     unknown = names[pieces.unk_id()]
     if type == "unigram":
-        scores = [_NEVER if i in special or pieces.is_byte(i) else pieces.get_score(i) for i in range(size)]
-        inner: Any = models.Unigram(list(zip(texts, scores, strict=True)), unk_id=pieces.unk_id(), byte_fallback=True)
+        scored = [(text, pieces.get_score(i)) for i, text in enumerate(texts)]
+        inner: Any = models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True)
     else:
         joined = [
             (texts[i], pieces.get_score(i))
@@ -44,6 +45,8 @@ def tokenizer_json(model: bytes, type: str) -> str:
         vocabulary = {text: i for i, text in enumerate(texts)}
         inner = models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, byte_fallback=type == "bpe")
     tokenizer = Tokenizer(inner)
+    if type == "unigram":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_NO_TEXT), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(names[i], normalized=False, special=True) for i in special])
     return tokenizer.to_str(pretty=False)

@@ -66,7 +66,7 @@ def name_of(variant: tuple[str, dict[str, Any]]) -> str:
     return "-".join([variant[0], *variant[1]])
 
 
-def tokenizer_of(type: str, size: int = 420) -> tokenizer.Tokenizer:
+def tokenizer_of(type: str, size: int = 340) -> tokenizer.Tokenizer:
     return tokenizer.train(TEXT, type=type, vocab_size=size)
 
 

@@ -79,12 +79,12 @@ def test_the_tokenizer_agrees(type, tmp_path):
     assert ("unigram" in notes[-1]) == (type == "unigram") and "<|end|>" in notes[0]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [*TEXT, *(text[::-1] for text in TEXT)]
-    texts += [] if type == "char" else ["U+2581 \u2581 <0x41> \U0001f642", "  \n\t   a"]
+    texts += [] if type == "char" else ["U+2581 \u2581 <0x41> <0x4> \U0001f642", "  \n\t   a"]
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ids == ours.encode(text) == theirs(text)["input_ids"]
         assert theirs.decode(ids) == text
-    assert theirs.encode("a<|end|>", split_special_tokens=type != "char")[-1] != ours.end_id or type == "char"
+    assert theirs.encode("<|end|>", add_special_tokens=False) == [ours.end_id]  # as the note says
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
         ours.document_id,
         ours.end_id,
@@ -159,11 +159,11 @@ def test_an_export_that_differs_leaves_nothing(bpe, tmp_path, monkeypatch):
 
     def wrong(*arguments):
         tensors = right(*arguments)
-        tensors["model.norm.weight"] += 0.1
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] + 0.1
         return tensors
 
     monkeypatch.setattr(module, "to_theirs", wrong)
-    with pytest.raises(UserError, match="differs by .* from the model: nothing was written"):
+    with pytest.raises(UserError, match=r"differs by .* from the model: nothing was written"):
         export(model, bpe, tmp_path / "out")
 
     def lacking(*arguments):
@@ -173,8 +173,8 @@ def test_an_export_that_differs_leaves_nothing(bpe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"does not open as LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
         export(model, bpe, tmp_path / "out")
     monkeypatch.setattr(module, "to_theirs", right)
-    monkeypatch.setattr(module, "tokenizer_json", lambda *_: module_json(tokenizer_of("bpe", 400)))
-    with pytest.raises(UserError, match="the exported tokenizer treats .* in another way"):
+    monkeypatch.setattr(module, "tokenizer_json", lambda *_: module_json(tokenizer_of("bpe", 330)))
+    with pytest.raises(UserError, match=r"the exported tokenizer treats .* in another way"):
         export(model, bpe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -196,7 +196,7 @@ def test_a_tokenizer_of_theirs_goes_out_as_it_came(tmp_path):
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / kind)
         assert theirs.encode(TEXT[0], add_special_tokens=False) == ours.encode(TEXT[0])
         assert theirs.eos_token_id == ours.end_id
-        model, again = load_hf(tmp_path / kind)
+        _, again = load_hf(tmp_path / kind)
         assert again.encode(TEXT[1]) == ours.encode(TEXT[1]) and again.roles == ours.roles
         assert json.loads((tmp_path / kind / "generation_config.json").read_text())["suppress_tokens"][-3:] == [
             *range(ours.vocab_size, ours.vocab_size + 3)
