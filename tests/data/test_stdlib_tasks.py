@@ -1,8 +1,10 @@
 """The default data of each task reads as a file would, is the same each time, and asks what can be answered."""
 
 import ast
+import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from minillm.config import UserError
 from minillm.data.chat import ChatData, read_chat
 from minillm.data.labels import Scale, classify_targets, label_set, read_classify, read_regress
 from minillm.data.preference import read_preferences
+from minillm.data.records import read_records
 from minillm.data.seq2seq import read_pairs
 from minillm.data.spans import SpanData, span_examples
 from minillm.data.stdlib_source import functions
@@ -21,10 +24,27 @@ from minillm.evaluation.entities import entities
 
 from .task_tokenizer import PieceTokenizer, encode_chat
 
-TASKS = ["classify", "regress", "tag", "seq2seq", "span-qa", "chat", "preference"]
+READERS = {
+    "classify": read_classify,
+    "regress": read_regress,
+    "tag": tag_examples,
+    "seq2seq": read_pairs,
+    "span-qa": span_examples,
+    "chat": read_chat,
+    "preference": read_preferences,
+}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", READERS)
+def test_written_to_a_file_it_reads_the_same(tmp_path: Path, task: str) -> None:
+    records = stdlib_records(task, seed=3)[:40]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record.fields) + "\n" for record in records))
+    read = READERS[task]
+    for mine, theirs in zip(read(read_records(tmp_path / "d.jsonl")), read(records), strict=True):
+        assert {**vars(mine), "record": None} == {**vars(theirs), "record": None}
+
+
+@pytest.mark.parametrize("task", READERS)
 def test_a_seed_gives_the_same_few_thousand_examples(task: str) -> None:
     found = stdlib_records(task)
     assert 2000 <= len(found) <= LIMIT
