@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import kernels, plots, records, tables, tune
 from benchmarks.__main__ import main
+from benchmarks.families import rows
 
 ABOUT = {
     "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "commit": "abc", "sources": "s1", "load": 0.5,
@@ -169,3 +170,34 @@ def test_figures_are_drawn(tmp_path):
     paths = plots.draw_all([row(), row("liger", 2.0), row("eager") | {"failed": "x"}], tmp_path)
     assert [path.name for path in paths] == ["rms_norm-forward-gpu-time.png"]
     assert paths[0].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(case, rates, *, quick):
+        measured.append(kernels.identity(case)["shape"]["N"])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return [kernels.identity(case) | {"provider": "minillm", "mode": "gpu time", "failed": "x", "gate": None}]
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(records, "provenance", lambda *_: dict(ABOUT))
+    monkeypatch.setattr(kernels.roofs, "preamble", lambda: {"rates": {"copy": 1.0}})
+    monkeypatch.setattr(plots, "draw_all", lambda rows, out: [])
+    dtype, widths = kernels.torch.bfloat16, (96, 128, 160)
+    chosen = {"rms_norm": lambda scale: (rows.norm("rms_norm", 4, N, dtype, "forward") for N in widths)}
+    options = {"quick": False, "minutes": 8.0}
+    with pytest.raises(KeyboardInterrupt):
+        kernels._on_gpu(chosen, tmp_path, **options)
+    assert [row["shape"]["N"] for row in records.load(tmp_path / "h200/kernels.json")] == [96, 128]
+    assert kernels._on_gpu(chosen, tmp_path, **options) == 1  # a kernel of ours that failed
+    assert measured == [96, 128, 160, 160]
+    assert len(records.load(tmp_path / "h200/roofs.json")) == 2  # the ceilings of either run
+    kernels._on_gpu(chosen, tmp_path, **options)
+    newer = ABOUT | {"sources": "s2"}
+    monkeypatch.setattr(records, "provenance", lambda *_: dict(newer))
+    kernels._on_gpu(chosen, tmp_path, quick=False, minutes=0.0)  # no time: nothing is begun
+    assert len(measured) == 4
+    kernels._on_gpu(chosen, tmp_path, **options)
+    assert measured[4:] == [96, 128, 160] and len(records.load(tmp_path / "h200/kernels.json")) == 3
