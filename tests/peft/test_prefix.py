@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from minillm.config import UserError
+from minillm.inference.generate import generate
+from minillm.inference.sampling import Sampling
 from minillm.model.attention import View
 from minillm.peft.config import MethodConfig
 from minillm.peft.inject import inject
@@ -109,6 +111,19 @@ def test_the_network_can_be_left_behind() -> None:
     assert isinstance(front, PrefixFront) and front.network is None
     assert [name for name, _ in front.named_parameters()] == ["prefix"]
     assert torch.equal(adapted.model(ids), before)
+
+
+@pytest.mark.parametrize("method", FRONTS)
+def test_generation_with_a_cache_is_that_without(method: str) -> None:
+    """Rows of different lengths that end at different times, across the jump of the window at the context's end."""
+    adapted = shaken(method, context=16)
+    options: dict[str, Any] = {"max_new_tokens": 14, "sampling": Sampling(temperature=0.7), "seed": 5, "stop_ids": {3}}
+    prompts = [[1, 2, 4], [5], [6, 7, 8, 9, 10, 11, 12, 13, 14]]
+    cached = generate(adapted.model, prompts, **options)
+    assert cached == generate(adapted.model, prompts, use_cache=False, **options)
+    assert max(len(p) + len(new) for p, new in zip(prompts, cached, strict=True)) > 16
+    adapted.remove()
+    assert cached != generate(adapted.model, prompts, **options)
 
 
 @pytest.mark.parametrize("method", FRONTS)
