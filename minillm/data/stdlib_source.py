@@ -78,7 +78,8 @@ def _function(file: str, lines: list[str], node, owner: ast.ClassDef | None) -> 
     body = node.body[1:] if docstring is not None else node.body
     if not body or all(isinstance(statement, ast.Pass) for statement in body):
         return None
-    left_out = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+    imports = any("import" in line for line in lines[node.lineno - 1 : node.end_lineno])  # to walk few of the trees
+    left_out = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)] if imports else []
     left_out += node.body[:1] if docstring is not None else []
     numbers = {number for part in left_out for number in range(part.lineno, part.end_lineno + 1)}
     kept = [lines[i - 1] for i in range(node.lineno, node.end_lineno + 1) if i not in numbers]

@@ -28,7 +28,9 @@ def test_balanced_samples_have_every_class_equally_often() -> None:
     times = Counter(chosen[CLASSES[chosen] == 2].tolist())  # 100 draws from 40
     assert len(times) == 40 and set(times.values()) == {2, 3}
     assert balanced(np.arange(120, 130), CLASSES, seed=7).tolist() == chosen[120:130].tolist()
-    assert balanced(np.arange(300), CLASSES, seed=8).tolist() != chosen.tolist()
+    other = balanced(np.arange(300), CLASSES, seed=8)
+    assert other.tolist() != chosen.tolist()
+    assert CLASSES[other].tolist() != CLASSES[chosen].tolist()  # nor do the classes take the same turns
 
 
 def test_class_weights_are_scikit_learns() -> None:

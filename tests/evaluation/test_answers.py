@@ -64,5 +64,5 @@ def test_no_null_threshold_has_a_higher_f1() -> None:
         threshold, best = best_null_threshold(answers, margins, golden)
         assert f1(threshold) == pytest.approx(best)
         assert best == pytest.approx(max(f1(t) for t in [-10.0, *margins, 10.0]))
-    near = np.nextafter(1.0, 0.0)
-    assert best_null_threshold(["dog", "dog"], np.array([1.0, near]), [["dog"], []]) == (1.0, 1.0)
+    above = np.nextafter(1.0, 2.0)  # the middle rounds to 1.0, which would give both
+    assert best_null_threshold(["dog", "dog"], np.array([above, 1.0]), [["dog"], []]) == (above, 1.0)

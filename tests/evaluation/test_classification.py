@@ -61,8 +61,8 @@ def test_a_threshold_lies_midway() -> None:
     assert best_threshold([1, 1, 0, 0], [0.9, 0.6, 0.2, 0.1]) == (pytest.approx(0.4), 1.0)
     threshold, f1 = best_threshold([1, 1], [0.5, 0.5])
     assert (threshold, f1) == (0.5, 1.0)
-    near = np.nextafter(1.0, 0.0)
-    assert best_threshold([1, 0], [1.0, near]) == (1.0, 1.0)
+    above = np.nextafter(1.0, 2.0)  # the middle rounds to 1.0, which would take both
+    assert best_threshold([1, 0], [above, 1.0]) == (above, 1.0)
 
 
 def test_what_cannot_be_scored_says_why() -> None:
