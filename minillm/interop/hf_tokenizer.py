@@ -17,6 +17,7 @@ from typing import Any
 
 from minillm.config import DamagedFile, UserError
 from minillm.interop.folder import read_json
+from minillm.interop.vocabulary import from_vocabulary
 
 FILE, SETTINGS, ROLES_FILE = "tokenizer.json", "tokenizer_config.json", "roles.json"
 TEMPLATE = "chat_template.jinja"
@@ -175,7 +176,7 @@ class HFTokenizer:
         settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         if (folder / TEMPLATE).is_file():
             settings["chat_template"] = (folder / TEMPLATE).read_text(encoding="utf-8", errors="replace")
-        content = _content(folder) if (folder / FILE).is_file() else _from_vocabulary(folder, settings)
+        content = _content(folder) if (folder / FILE).is_file() else from_vocabulary(folder, settings)
         return _made(cls, content, settings, None, folder)
 
 
@@ -270,69 +271,6 @@ def _roles(model: Any, settings: Mapping[str, Any], folder: Path) -> dict[str, i
         raise UserError(f"{folder}: nothing says which token ends a text; add eos_token to {SETTINGS}")
     roles = {name: i for name, token in _TOKENS.items() if (i := find(token)) is not None}
     return {"pad": end, **roles, "document": end if document is None else document, "end": end}
-
-
-def _from_vocabulary(folder: Path, settings: dict[str, Any]) -> bytes:
-    """tokenizer.json made from the files that came before it; `settings` learns which tokens are special."""
-    if (folder / "vocab.txt").is_file():
-        return _wordpiece(folder, settings)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    by_bytes = config.get("model_type") in ("gpt2", "bart")  # others cut words by other rules, which these do not say
-    if by_bytes and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _byte_level(folder, settings)
-    older = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
-    if older:
-        raise UserError(
-            f"{folder} has {older[0]} without {FILE}, which Transformers' AutoTokenizer writes: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    raise UserError(f"{folder} has no tokenizer: no {FILE}, no vocab.txt, no vocab.json with merges.txt")
-
-
-def _wordpiece(folder: Path, settings: dict[str, Any]) -> bytes:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pieces = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-    vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(pieces) if piece.strip()}
-    if "[UNK]" not in vocabulary:
-        raise UserError(f"{folder / 'vocab.txt'} has no [UNK]: this is no vocabulary of BERT's")
-    model = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    model.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-    model.pre_tokenizer, model.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    for name, token in (names | {"mask_token": "[MASK]"}).items():
-        if token in vocabulary:
-            settings.setdefault(name, token)
-            model.add_special_tokens([AddedToken(token, normalized=False)])
-    return model.to_str().encode()
-
-
-def _byte_level(folder: Path, settings: dict[str, Any]) -> bytes:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    try:
-        model = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:
-        raise DamagedFile(f"{folder}: vocab.json and merges.txt are no vocabulary ({str(error)[:200]})") from None
-    space = bool(settings.get("add_prefix_space", False))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
-    model.decoder = decoders.ByteLevel()
-    vocabulary = model.get_vocab()
-    for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"):
-        if token in vocabulary:
-            model.add_special_tokens([AddedToken(token, normalized=False)])
-    if "<|endoftext|>" in vocabulary:
-        settings.setdefault("eos_token", "<|endoftext|>")
-        settings.setdefault("bos_token", "<|endoftext|>")
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
-    for name, token in names.items():
-        if token in vocabulary:
-            settings.setdefault(name, token)
-    return model.to_str().encode()
 
 
 def _valid(text: str) -> str:
