@@ -16,10 +16,19 @@ COMMANDS = {
     "train": "pretrain a model from scratch, or go on with a run",
     "tokenizer": "train, encode, decode, inspect",
     "data": "prepare, clean, verify, download",
+    "finetune": "adapt a model to a task",
+    "evaluate": "loss and metrics on labelled examples",
+    "predict": "labels, spans, answers, texts: a line of JSON for each input",
+    "embed": "a vector for each text",
     "generate": "continue a prompt",
+    "chat": "talk with a model",
+    "import": "a model in Hugging Face's format becomes a run folder",
+    "export": "a model as a folder that Transformers opens",
     "plot": "curves of one or more runs",
     "doctor": "what this machine will use; what is wrong with a run",
 }
+MODULES = {"import": "importing", "export": "exporting"}
+"""Commands whose names no module can have, or should not."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +55,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         if command == "tokenizer":
             tokenizer_main = importlib.import_module("tokenizer.__main__").main
             return tokenizer_main(list(argv), prog="minillm tokenizer")
-        return importlib.import_module(f"minillm.commands.{command}").main(list(argv))
+        return importlib.import_module(f"minillm.commands.{MODULES.get(command, command)}").main(list(argv))
     except DamagedFile as error:
         return _say(error, 3)
     except UserError as error:

@@ -1,36 +1,93 @@
-"""Opens any MODEL: a run folder, a checkpoint folder, or what `best` names."""
+"""Opens any MODEL: a run folder, a checkpoint folder, what `best` names, or a folder in Hugging Face's format."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minillm.config import DamagedFile, ModelConfig, UserError, from_dict
+from minillm.interop.folder import is_hf
+from minillm.model.heads import HeadConfig, TaskModel
 from minillm.model.transformer import Transformer
+from minillm.peft.config import MethodConfig
+from minillm.peft.inject import inject
 from minillm.training import checkpoint
 from tokenizer import DamagedFile as DamagedTokenizer
 from tokenizer import Tokenizer
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
-    """The model, ready to predict, and its tokenizer; every file is verified first.
+@dataclass(frozen=True)
+class Opened:
+    """A MODEL and what its config.json says of it."""
+
+    model: nn.Module
+    """A Transformer, or a `TaskModel` around one; in evaluation mode."""
+    tokenizer: Any
+    folder: Path
+    config: dict[str, Any]
+    """config.json of the checkpoint; {} for a folder in Hugging Face's format."""
+
+    @property
+    def transformer(self) -> Transformer:
+        return self.model.transformer if isinstance(self.model, TaskModel) else self.model  # type: ignore[return-value]
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Transformer, Any]:
+    """The Transformer, ready to predict, and its tokenizer; every file is verified first.
+
+    Of a finetuned model the method is in it (LoRA and AdaLoRA folded into the weights), a task's head is not: see
+    `open_model`.
 
     Args:
-        path: a run folder (its newest checkpoint), a checkpoint folder, or RUN/checkpoints/best.
+        path: a run folder (its newest checkpoint), a checkpoint folder, RUN/checkpoints/best, or a folder in Hugging
+            Face's format.
 
     Raises:
         UserError: there is no model there. DamagedFile: a file is not what was written.
     """
+    opened = open_model(path, device=device)
+    return opened.transformer, opened.tokenizer
+
+
+def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Opened:
+    """As `load`, with the task's head where the model has one."""
+    if is_hf(Path(path)):
+        from minillm.interop.hf import load_hf
+
+        model, tokenizer = load_hf(path)
+        return Opened(model.to(device), tokenizer, Path(path), {})
     folder = checkpoint.resolve(Path(path))
-    config = model_config(folder)
-    with torch.device("meta"):  # no weight is drawn only to be overwritten
-        model = Transformer(config)
+    config, shape, weights = checkpoint.load_config(folder), model_config(folder), checkpoint.load_weights(folder)
     try:
-        model.load_state_dict(checkpoint.load_weights(folder), assign=True)
-    except RuntimeError as error:
+        build = _finetuned if "task" in config else _plain
+        model = build(shape, config, weights)
+    except (RuntimeError, KeyError, TypeError) as error:
         raise DamagedFile(
             f"{folder}: weights and config.json do not fit: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return model.to(device).eval(), load_tokenizer(folder / "tokenizer")
+    return Opened(model.to(device).eval(), load_tokenizer(folder / "tokenizer"), folder, config)
+
+
+def _plain(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    with torch.device("meta"):  # no weight is drawn only to be overwritten
+        model = Transformer(shape)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def _finetuned(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """Head and method are put in as they were for training; what can be folded into the weights is."""
+    head, method = config["task"]["head"], from_dict(MethodConfig, config["method"], "method.")
+    model: nn.Module = Transformer(shape)
+    if head is not None:
+        model = TaskModel(model, HeadConfig(**head))
+    adapted = inject(model, method, extra=() if head is None else ("task_head",))
+    model.load_state_dict(weights)
+    if method.method in ("lora", "adalora"):
+        adapted.merge()
+    return model.requires_grad_(True)
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -41,8 +98,12 @@ def model_config(folder: Path) -> ModelConfig:
         raise DamagedFile(f"{folder / 'config.json'} is damaged: it holds no model") from error
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """`Tokenizer.load` with this package's errors."""
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a run or checkpoint, ours or one of the `tokenizers` library, with this package's errors."""
+    if (Path(folder) / "tokenizer.json").is_file():
+        from minillm.interop.hf_tokenizer import HFTokenizer
+
+        return HFTokenizer.load(folder)
     try:
         return Tokenizer.load(folder)
     except DamagedTokenizer as error:

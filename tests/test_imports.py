@@ -16,7 +16,8 @@ PACKAGES = ("kernels", "tokenizer", "minillm", "benchmarks")
 SOURCES = sorted([p for name in PACKAGES for p in (ROOT / name).rglob("*.py")] + list(ROOT.glob("*.py")))
 EXTRAS = {
     "datasets", "fastapi", "gguf", "huggingface_hub", "IPython", "matplotlib", "onnx", "optuna", "pandas", "peft",
-    "pyarrow", "pytest", "scipy", "sklearn", "tensorboard", "torchao", "trackio", "transformers", "uvicorn", "wandb",
+    "pyarrow", "pytest", "sacrebleu", "scipy", "sklearn", "tensorboard", "torchao", "trackio", "transformers", "uvicorn",
+    "wandb",
 }  # fmt: skip
 
 
@@ -113,7 +114,11 @@ MAY_IMPORT = {  # package -> third parties and parts of minillm; the longest nam
     "minillm.evaluation": {"torch", "numpy"},
     "minillm.training": {
         "torch", "numpy", "safetensors", "tqdm", "minillm.config", "minillm.ops", "minillm.model", "minillm.data",
-        "minillm.evaluation",
+        "minillm.evaluation", "minillm.peft",
+    },
+    "minillm.tasks": {
+        "torch", "numpy", "minillm.config", "minillm.data", "minillm.evaluation", "minillm.model", "minillm.inference",
+        "minillm.training",
     },
     "minillm.inference": {"torch", "minillm.config", "minillm.model"},
 }  # fmt: skip

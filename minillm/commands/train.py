@@ -120,7 +120,10 @@ def _start(args: Args, signals: Signals) -> int:
     choose_device(settings.device)
     ops.select(settings.kernels)
     source = open_source(settings.source)
-    name = Path(settings.source).name if Path(settings.source).exists() else settings.source
+    name = settings.source
+    if Path(name).exists():  # kept as an absolute path, so that --resume works from any folder
+        name = Path(name).name
+        settings = replace(settings, source=str(Path(settings.source).absolute()))
     run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
     config = run_config(settings)
     write_json(run / "config.json", config)
@@ -136,6 +139,7 @@ def _start(args: Args, signals: Signals) -> int:
 
 def _resume(args: Resume, signals: Signals) -> int:
     """Goes on from the newest valid checkpoint, or from the start where there is none yet."""
+    from minillm.commands import finetune
     from minillm.data.sources import open_source
     from minillm.training import checkpoint
     from minillm.training.run import read_config, read_metrics
@@ -144,6 +148,8 @@ def _resume(args: Resume, signals: Signals) -> int:
     if (run / "MANIFEST.json").exists():
         raise UserError(f"{run} is a checkpoint; --resume takes the folder of its run: --resume {run.parent.parent}")
     config = read_config(run)
+    if "task" in config:
+        return finetune.resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
     settings = from_dict(Settings, config["settings"])
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
     if ends and (args.steps is None or args.steps <= ends[-1]["step"]):

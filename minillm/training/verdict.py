@@ -137,6 +137,8 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
             (_train(settings, lr=0.3), "the same run with a third of the learning rate"),
             (f"minillm plot {folder}", "the curves up to the break"),
         ]
+    if config.get("task"):
+        return _after_finetuning(folder, config["task"]["name"], last)
     commands = []
     if last.get("reason") not in ("finished", "early stop"):
         commands.append((f"python train.py --resume {folder}", "goes on where it stopped, bit for bit"))
@@ -149,6 +151,16 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
     if minutes or steps:
         commands.append((_train(settings, longer=4, steps=steps), "four times as long: the surest way to a lower loss"))
     commands.append((f"minillm plot {folder}", "draws the curves; name several runs to compare them"))
+    return commands[:3]
+
+
+def _after_finetuning(folder: str, task: str, last: Mapping[str, Any]) -> list[tuple[str, str]]:
+    use = {"chat": "chat", "preference": "chat"}.get(task)
+    commands = [(f"minillm chat {folder}", "talks with it")] if use else []
+    commands.append((f"minillm predict {folder} --input FILE", "answers each line of a file"))
+    if last.get("reason") not in ("finished", "early stop"):
+        commands.insert(0, (f"minillm finetune --resume {folder}", "goes on where it stopped, bit for bit"))
+    commands.append((f"minillm evaluate {folder} --data FILE", "its metrics on other labelled examples"))
     return commands[:3]
 
 

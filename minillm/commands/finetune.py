@@ -1,0 +1,324 @@
+"""`minillm finetune MODEL --task TASK`: adapts a model to a task by one method, or goes on with such a run.
+
+Without --data it learns from examples that are cut from the Python standard library's source.
+"""
+
+import contextlib
+import dataclasses
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from minillm.commands.tasks import (
+    SHARE,
+    TaskName,
+    data_hash,
+    data_name,
+    examples_of,
+    json_ready,
+    means_of,
+    say,
+    shown_metrics,
+)
+from minillm.config import Kernels, OptimConfig, Settings, TrainConfig, UserError, from_dict
+from minillm.peft.config import Method, MethodConfig
+from minillm.tasks.catalogue import TASKS
+from minillm.training.signals import Signals, Stopped
+
+RATES = {"full": 2e-4, "freeze": 5e-4, "lora": 1e-3, "adalora": 2e-3, "adapter": 1e-3, "prefix": 5e-3, "prompt": 1e-2}
+"""Peak learning rate by method: what moves all weights moves them little, what moves few moves them far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    model: tyro.conf.Positional[Path]
+    """A run folder, a checkpoint folder, or a folder in Hugging Face's format."""
+    task: TaskName
+    data: str = "stdlib"
+    """File of examples. stdlib: examples cut from the standard library's source; stdlib-unbalanced (classify): two
+    classes, of which one is rare. lm: text, as for training."""
+    val: str | None = None
+    """File of validation examples. None: a seeded tenth of the data is held out."""
+    method: Method | Literal["all"] = "full"
+    """Which weights move; all: every method in turn, and a table."""
+    out: str | None = None
+    """Folder of the run. None: runs/<task>-<method>-<data>."""
+    overwrite: bool = False
+    """Replace the run that --out holds."""
+    epochs: float = 4.0
+    """Times that every example is read, unless --steps or --minutes says otherwise."""
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    kernels: Kernels = "auto"
+    log: str | None = None
+    """Trackers besides metrics.jsonl, separated by commas: tb, wandb."""
+    pool: Literal["mean", "cls", "last"] | None = None
+    """classify, regress: which states the head reads. None: the last of a decoder, the mean of an encoder."""
+    class_weights: Literal["auto", "on", "off"] = "auto"
+    """classify: rare classes weigh more. auto: where one has more than twice the examples of another."""
+    balance: bool = False
+    """classify: batches have every class equally often."""
+    beta: float = 0.1
+    """preference: how dear it is to move away from the start."""
+    layer_decay: float = 1.0
+    """Each layer learns at this share of the rate of the one above it."""
+    freeze_layers: int | None = None
+    """freeze: the embeddings and so many first blocks stay as they are."""
+    train_only: Literal["head"] | None = None
+    """freeze: everything but the head stays as it is."""
+    rank: int = 8
+    """lora, adalora"""
+    alpha: float | None = None
+    """lora, adalora: updates are multiplied by alpha / rank. None: 2 · rank."""
+    targets: str = "all"
+    """lora, adalora: linear layers by the ends of their names, separated by commas; all: every one in the blocks."""
+    width: int = 32
+    """adapter: of the bottlenecks."""
+    length: int = 16
+    """prefix, prompt: virtual tokens."""
+    prefix_hidden: int | None = None
+    """prefix: width of a network that the prefix comes out of while it is trained."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.01, beta2=0.98, warmup=0.1))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=16, patience=3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Options with which a run can go on; everything else stands in its config.json."""
+
+    resume: str
+    """Folder of the run."""
+    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
+    log: str | None = None
+    steps: int | None = None
+
+
+def main(argv: list[str]) -> int:
+    with Signals() as signals:
+        try:
+            if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
+                args = tyro.cli(Resume, prog="minillm finetune", description=__doc__, args=argv)
+                return resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
+            args = _parse(argv)
+            if args.method == "all":
+                from minillm.commands.comparing import compare_methods
+
+                return compare_methods(args.task, argv, args.out, data_name(args.data), signals)
+            return _start(args, signals)
+        except Stopped as stopped:
+            say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
+            return stopped.code
+
+
+def _parse(argv: list[str]) -> Args:
+    """The rate's default goes by the method."""
+    args = tyro.cli(Args, prog="minillm finetune", description=__doc__, args=argv)
+    if any(arg == "--optim.lr" or arg.startswith("--optim.lr=") for arg in argv) or args.method == "all":
+        return args
+    lr = RATES[args.method] / (10 if args.task == "preference" else 1)
+    return dataclasses.replace(args, optim=dataclasses.replace(args.optim, lr=lr))
+
+
+def _method(args: Args) -> MethodConfig:
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(MethodConfig) if hasattr(args, f.name)}
+    return MethodConfig(**values)
+
+
+def _task(name: str, options: dict[str, Any]) -> Any:
+    """A task that has not seen data yet, with the options that it reads."""
+    if name == "classify":
+        return TASKS[name](weigh=options["class_weights"])
+    return TASKS[name](beta=options["beta"]) if name == "preference" else TASKS[name]()
+
+
+def _start(args: Args, signals: Signals) -> int:
+    """A new run. What is wrong with model, data or options is said before its folder is made."""
+    from minillm import ops
+    from minillm.loading import open_model
+    from minillm.training.plan import choose_device
+    from minillm.training.pretrain import run_config
+    from minillm.training.run import clear_run, new_run, write_json
+
+    if args.steps is not None and args.minutes is not None:
+        raise UserError("--steps and --minutes contradict each other: give one of them")
+    if not args.epochs > 0 or not 0 < args.layer_decay <= 1:
+        raise UserError("--epochs must be positive, and --layer-decay above 0 and at most 1")
+    method, trackers = _method(args), _trackers(args.log)
+    choose_device(args.device)
+    ops.select(args.kernels)
+    opened = open_model(args.model)
+    shape = opened.transformer.config
+    settings = Settings(
+        preset=f"{args.task}-{args.method}", source=args.data, steps=args.steps, minutes=args.minutes, seed=args.seed,
+        device=args.device, dtype=args.dtype, kernels=args.kernels, compile="off", model=shape, optim=args.optim,
+        train=args.train,
+    )  # fmt: skip
+    weigh = {"auto": None, "on": True, "off": False}[args.class_weights]
+    options = {"class_weights": weigh, "beta": args.beta, "balance": args.balance, "pool": args.pool}
+    options |= {"epochs": args.epochs, "layer_decay": args.layer_decay, "val": args.val}
+    base = {"path": str(opened.folder.resolve()), "model": str(args.model)}
+    config = run_config(settings) | {"task": {"name": args.task, "options": options}, "base": base}
+    config["method"] = asdict(method)
+    prepared = _prepare(config, settings, opened)
+    run = new_run(args.out, f"{args.task}-{args.method}-{data_name(args.data)}", overwrite=args.overwrite)
+    opened.tokenizer.save(run / "tokenizer")
+    write_json(run / "config.json", config)
+    try:
+        return _run(prepared, settings, run, config, trackers, signals, resume_from=None)
+    except UserError:
+        if not (run / "metrics.jsonl").exists():
+            clear_run(run)
+            with contextlib.suppress(OSError):  # it may hold other things, or be where we stand
+                run.rmdir()
+        raise
+
+
+def resume(
+    folder: str, signals: Signals, *, device: str | None = None, log: str | None = None, steps: int | None = None
+) -> int:
+    """Goes on with a finetuning from its newest valid checkpoint, or from the start where there is none yet."""
+    from minillm.loading import open_model
+    from minillm.training import checkpoint
+    from minillm.training.run import read_config, read_metrics
+
+    run = Path(folder)
+    config = read_config(run)
+    if "task" not in config:
+        raise UserError(f"{run} is no finetuning; go on with it: python train.py --resume {run}")
+    settings = from_dict(Settings, config["settings"])
+    ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
+    if ends and (steps is None or steps <= ends[-1]["step"]):
+        say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
+        return 0
+    settings = dataclasses.replace(settings, device=device or settings.device)
+    if steps is not None:
+        settings = dataclasses.replace(settings, steps=steps, minutes=None)
+    if not Path(config["base"]["path"]).exists():
+        raise UserError(f"{config['base']['path']}, which {run} began with, is gone; put it back to go on")
+    newest = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}"))
+    say(f"{run} goes on from {newest.name if newest is not None else 'the start: it has no checkpoint yet'}")
+    prepared = _prepare(config, settings, open_model(config["base"]["path"]))
+    return _run(prepared, settings, run, config, _trackers(log), signals, resume_from=newest)
+
+
+def _prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str, Any]:
+    """Examples, a task that knows them, head and means; `config` learns what they are.
+
+    Raises `UserError` where a resumed run's examples are not what they were.
+    """
+    section, shape = config["task"], opened.transformer.config
+    options, method = section["options"], from_dict(MethodConfig, config["method"], "method.")
+    task = _task(section["name"], options)
+    task.check(shape)
+    examples = examples_of(task, settings.source)
+    task.fit(examples)
+    if options["val"] is not None:
+        train, val = examples, examples_of(task, options["val"])
+    else:
+        train, val = task.hold_out(examples, SHARE, settings.seed)
+    digest = data_hash((train, val))
+    known = config.get("corpus", {}).get("hash")
+    if known not in (None, digest):
+        raise UserError(f"the examples of {settings.source} have changed since the run began; start a new one")
+    head = task.head(shape, options["pool"])
+    section.update(info=task.info(), head=None if head is None else asdict(head))
+    split = "by seed" if options["val"] is None else options["val"]
+    corpus = {"source": settings.source, "hash": digest, "documents": len(train) + len(val), "split": split}
+    config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
+    means = means_of(opened.tokenizer, shape, method)
+    return {"base": opened.transformer, "task": task, "means": means, "head": head, "train": train, "val": val}
+
+
+def _run(prepared, settings: Settings, run: Path, config, trackers, signals: Signals, *, resume_from) -> int:
+    from minillm import preflight
+    from minillm.training.finetune import Finetuning, finetune
+    from minillm.training.loop import TrainingFailed
+    from minillm.training.plan import choose_dtype
+    from minillm.training.report import write_report
+
+    def micro_batch(model: Any, device: Any) -> int:
+        return preflight.micro_batch(settings, device=device, dtype=choose_dtype(settings, device))
+
+    options = config["task"]["options"]
+    work = Finetuning(
+        settings=settings,
+        run=run,
+        config=config,
+        method=from_dict(MethodConfig, config["method"], "method."),
+        epochs=options["epochs"],
+        balance=options["balance"],
+        layer_decay=options["layer_decay"],
+        micro_batch=micro_batch,
+        say=say,
+        log=trackers,
+        **prepared,
+    )
+    _tell_weights(work.task)
+    try:
+        done = finetune(work, signals, resume_from=resume_from)
+    except TrainingFailed as failure:
+        print(f"error: {failure}\nreport: {write_report(run)}", file=sys.stderr)
+        return 1
+    report = write_report(run)
+    if done.outcome.code == 0:
+        _conclude(run, config, done, report)
+    return done.outcome.code
+
+
+def _tell_weights(task: Any) -> None:
+    weights = getattr(task, "weights", None)
+    if weights is not None:
+        shown = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(task.labels.names, weights, strict=True))
+        say(f"weights   classes are unbalanced, so they count: {shown} (--class-weights off to switch off)")
+
+
+def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> None:
+    """The result on stdout and in result.json, and what to do next."""
+    from minillm.training.run import write_json
+
+    progress = done.outcome.progress
+    plan, adapter = config["plan"], run / "adapter" / "adapter_model.safetensors"
+    result = {
+        "task": config["task"]["name"], "method": config["method"]["method"], "metrics": json_ready(done.metrics),
+        "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds,
+        "trained_parameters": plan["trained_parameters"], "parameters": plan["parameters"],
+        "adapter_bytes": adapter.stat().st_size, "peak_bytes": _peak_bytes(),
+    }  # fmt: skip
+    write_json(run / "result.json", result)
+    print(
+        f"{done.outcome.reason} after {progress.step:,} steps, best at step {progress.best_step:,}; on validation data:"
+    )
+    print("\n".join(shown_metrics(done.metrics)))
+    name = config["task"]["name"]
+    use = {"chat": "chat", "preference": "chat", "lm": "generate"}.get(name, "predict")
+    more = {"generate": ' --prompt "…"', "predict": " --input FILE"}.get(use, "")
+    print(f"\nreport: {report}\n\nnext:\n  minillm {use} {run}{more}\n  minillm evaluate {run} --data FILE")
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _trackers(log: str | None) -> tuple[str, ...]:
+    from minillm.training.monitor import TRACKERS
+
+    names = tuple(name.strip() for name in log.split(",")) if log else ()
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--log {name}: there are {', '.join(TRACKERS)}")
+    return names
+
+
+def last_result(run: Path) -> dict[str, Any]:
+    """result.json of a finished run."""
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))

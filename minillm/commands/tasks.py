@@ -1,0 +1,101 @@
+"""What the commands around finetuned models share: their examples, their means, and how numbers are shown."""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from minillm.commands.corpus import run_objective
+from minillm.config import ModelConfig, Settings, UserError, from_dict
+from minillm.data.stdlib_tasks import stdlib_records
+from minillm.loading import Opened
+from minillm.peft.config import MethodConfig
+from minillm.tasks.catalogue import TASKS, known_task
+from minillm.tasks.task import Means, Task
+from tokenizer.chat import encode_chat
+
+TaskName = Literal["lm", "chat", "classify", "tag", "span-qa", "seq2seq", "regress", "preference"]
+SHARE = 0.1
+"""Of the examples that are held out where no validation data is named."""
+
+
+def means_of(tokenizer: Any, config: ModelConfig, method: MethodConfig | None = None) -> Means:
+    """What a task works with; virtual tokens in front leave it less of the context."""
+    front = method.length if method is not None and method.method in ("prefix", "prompt") else 0
+    plain_text = run_objective(Settings(model=config), tokenizer)
+    return Means(tokenizer, config, encode_chat, plain_text, config.context - front)
+
+
+def opened_means(opened: Opened) -> Means:
+    method = opened.config.get("method")
+    config = opened.transformer.config
+    return means_of(opened.tokenizer, config, None if method is None else from_dict(MethodConfig, method, "method."))
+
+
+def examples_of(task: Task, data: str, *, seed: int = 0) -> list[Any]:
+    """The examples of a file, or of the standard library; `stdlib-unbalanced` has one rare class."""
+    if data in ("stdlib", "stdlib-unbalanced") and task.name != "lm":
+        return task.examples(stdlib_records(task.name, seed=seed, unbalanced=data != "stdlib"))
+    return task.read(data)
+
+
+def task_of(opened: Opened, name: str | None) -> Task:
+    """The task of a finetuned model; or of any model that writes, one of those that need no head.
+
+    Raises `UserError` where the model was not trained for the task `name`.
+    """
+    section = opened.config.get("task")
+    known = section["name"] if section else None
+    if known is not None and name in (None, known):
+        return known_task(section)
+    if name is None:
+        raise UserError("this model was finetuned for no task; name one with --task: lm, chat, seq2seq, preference")
+    if section is not None and section["head"] is not None:
+        raise UserError(f"this model was finetuned for {known}; evaluate it with --task {known}, or leave --task out")
+    if name in ("classify", "regress", "tag", "span-qa"):
+        raise UserError(f"this model has no head for {name}; finetune it first: minillm finetune MODEL --task {name}")
+    task = TASKS[name]()
+    task.check(opened.transformer.config)
+    return task
+
+
+def data_hash(parts: Sequence[Sequence[Any]]) -> str:
+    """SHA-256 of all examples, by which a resumed run knows that its data is the same."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for example in part:
+            value = example.text if hasattr(example, "text") and not example.record.fields else None
+            shown = value if value is not None else getattr(example.record, "fields", {})
+            words = [getattr(example, "words", ()), getattr(example, "tags", ())] if not shown else []
+            digest.update(json.dumps([shown, words], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def shown_metrics(metrics: dict[str, Any]) -> list[str]:
+    """A line for each number, and the confusion matrix as a table."""
+    lines = [f"  {name:<22}{value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
+    if "confusion" in metrics:
+        names, table = metrics["labels"], metrics["confusion"]
+        width = max(map(len, [*names, *(str(n) for row in table for n in row)])) + 2
+        lines.append("  truth \\ predicted" + "".join(f"{name:>{width}}" for name in names))
+        for name, row in zip(names, table, strict=True):
+            lines.append(f"  {name:<17}" + "".join(f"{count:>{width}}" for count in row))
+    return lines
+
+
+def json_ready(value: Any) -> Any:
+    """NaN and infinities as null, since JSON has none."""
+    if isinstance(value, dict):
+        return {name: json_ready(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def data_name(data: str) -> str:
+    return Path(data).name.split(".")[0] or "data"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,180 @@
+"""What all tasks have in common.
+
+    file -> examples -> fit (labels, scale) -> data -> batches      (minillm/data)
+    model + batch -> loss                                           (minillm/training/objectives.py)
+    model + data -> metrics, or answers                             (minillm/evaluation)
+
+A task that is `fit` knows all that its answers need; `info` and `from_info` carry that through config.json.
+B rows, T tokens, L outputs of a head.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minillm.config import ModelConfig, UserError
+from minillm.data.batch import IGNORED, Batch
+from minillm.data.records import Record, read_records
+from minillm.data.sampling import hold_out
+from minillm.data.tasks import TaskData
+from minillm.model.heads import HeadConfig
+from minillm.training.objectives import Objective, counted, likelihood
+
+ROWS = 32
+"""Rows of a batch where nothing is trained."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a task is given to work with."""
+
+    tokenizer: Any
+    config: ModelConfig
+    encode_chat: Callable[..., tuple[list[int], list[int]]]
+    """(tokenizer, messages, reply=False) -> (ids, mask): the chat template."""
+    plain_text: Any = None
+    """What is predicted of plain text, one of minillm/data/corpus.py."""
+    context: int | None = None
+    """Tokens of a row, where a method takes some of the model's for itself. None: all of the model's."""
+
+    @property
+    def room(self) -> int:
+        return self.context or self.config.context
+
+
+class Task:
+    """A task as it is before it has seen data; each one overrides what differs."""
+
+    name: ClassVar[str]
+    watch: ClassVar[str | None] = None
+    """The metric that early stopping follows, higher is better. None: the validation loss."""
+    shapes: ClassVar[tuple[str, ...]] = ("decoder", "encoder", "encoder-decoder")
+    """Which models it can be learnt by."""
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `UserError` where the model's shape cannot do the task."""
+        if config.shape not in self.shapes:
+            raise UserError(
+                f"--task {self.name} needs a model that is {' or '.join(self.shapes)}; this one is {config.shape}"
+            )
+
+    def read(self, path: str | Path, *, labelled: bool = True) -> list[Any]:
+        """The examples of a file; errors name the file and the line."""
+        return self.examples(read_records(path), labelled=labelled)
+
+    def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[Any]:
+        raise NotImplementedError
+
+    def fit(self, examples: Sequence[Any]) -> None:
+        """Learns from the training examples what outputs mean: labels, a scale."""
+
+    def classes(self, examples: Sequence[Any]) -> np.ndarray | None:
+        """[N] by which held-out data is chosen in proportion, and batches are balanced. None: there are none."""
+        return None
+
+    def hold_out(self, examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+        """(examples to train on, a seeded share held out), with every class in proportion."""
+        train, val = hold_out(len(examples), share=share, seed=seed, classes=self.classes(examples))
+        return [examples[i] for i in train], [examples[i] for i in val]
+
+    def info(self) -> dict[str, Any]:
+        """What `fit` found, as JSON."""
+        return {}
+
+    def from_info(self, info: Mapping[str, Any]) -> None:
+        """Takes what `info` gave."""
+
+    def head(self, config: ModelConfig, pool: str | None) -> HeadConfig | None:
+        """The head to put on a model. None: its own output matrix is what the task uses."""
+        return None
+
+    def data(self, examples: Sequence[Any], means: Means, *, labelled: bool = True) -> TaskData:
+        raise NotImplementedError
+
+    def objective(self, start: nn.Module | None) -> Objective:
+        """What training minimises; `start` is the model as it was, for a task that compares itself with it."""
+        return self.score(start)
+
+    def score(self, start: nn.Module | None) -> Objective:
+        """What validation sums up."""
+        return likelihood
+
+    def count(self, batch: Batch) -> int:
+        return counted(batch)
+
+    needs_start: ClassVar[bool] = False
+    """Whether it compares itself with the model as it was."""
+
+    def tune(self, model: nn.Module, data: TaskData) -> None:
+        """Chooses thresholds on validation data, and puts them into the model."""
+
+    def metrics(self, model: nn.Module, data: TaskData, means: Means, start: nn.Module | None) -> dict[str, float]:
+        """What is cheap enough for every validation."""
+        return {}
+
+    def final_metrics(
+        self, model: nn.Module, data: TaskData, means: Means, start: nn.Module | None
+    ) -> dict[str, float]:
+        """All metrics; some tasks write texts for them."""
+        return self.metrics(model, data, means, start)
+
+    def baseline(self, train: Sequence[Any], val: Sequence[Any]) -> tuple[str, dict[str, float]]:
+        """(what it does, its metrics): the trivial answer that a model has to beat; ("", {}) where the start is it."""
+        return "", {}
+
+    def answers(self, model: nn.Module, examples: Sequence[Any], means: Means, **options: Any) -> Iterator[dict]:
+        """One JSON object for each example."""
+        raise NotImplementedError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients, and afterwards as before; gives the model's device."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield next(model.parameters()).device
+    finally:
+        model.train(training)
+
+
+def batches(data: TaskData, rows: int = ROWS) -> Iterator[Batch]:
+    """All rows once, in their order."""
+    for first in range(0, len(data), rows):
+        indices = np.arange(first, min(first + rows, len(data)))
+        yield data.batch(indices, indices)
+
+
+def outputs(
+    model: nn.Module, data: TaskData, compute: Callable[[nn.Module, Batch], Tensor] | None = None
+) -> list[np.ndarray]:
+    """For each row what the model gives, [L] or [T, L], fp32.
+
+    Args:
+        compute: (model, batch) -> [B, …]; None: the model itself.
+    """
+    found: list[np.ndarray] = []
+    with evaluating(model) as device:
+        for batch in batches(data):
+            batch = batch.to(device)
+            result = model(batch.ids, **batch.inputs()) if compute is None else compute(model, batch)
+            found += list(result.float().cpu().numpy())
+    return found
+
+
+def spelt_bytes(data: TaskData, tokenizer: Any) -> tuple[int, int]:
+    """(targets, UTF-8 bytes of the text that they spell) of all rows."""
+    targets = spelt = 0
+    for batch in batches(data):
+        for row in batch.targets:
+            ids = row[row != IGNORED].tolist()
+            targets += len(ids)
+            spelt += len(tokenizer.decode(ids).encode())
+    return targets, spelt

@@ -1,0 +1,236 @@
+"""Finetuning: a model, a task's data, a method and the one loop, put together.
+
+model -> head -> method        examples -> data -> batches        settings -> optimizers -> plan -> loop
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minillm import ops
+from minillm.config import DamagedFile, Settings, UserError
+from minillm.data.batch import Batch
+from minillm.data.sampling import balanced, shuffled
+from minillm.data.tasks import TaskData, check_rows
+from minillm.model.heads import HeadConfig, TaskModel
+from minillm.model.transformer import Transformer
+from minillm.peft import files
+from minillm.peft.config import MethodConfig
+from minillm.peft.depth import layer_scale
+from minillm.peft.inject import Adapted, inject, summary
+from minillm.training.loop import Job, Outcome, train
+from minillm.training.optim import build_optimizers
+from minillm.training.plan import Plan, choose_device, cores, make_plan
+from minillm.training.run import Metrics, read_metrics, write_json
+from minillm.training.signals import Signals
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """What the composition root hands over."""
+
+    settings: Settings
+    """Of the run; `settings.model` is the base model's. `steps` None and `minutes` None: `epochs` count."""
+    run: Path
+    base: Transformer
+    task: Any
+    """A minillm.tasks.task.Task that was fit."""
+    means: Any
+    """Its minillm.tasks.task.Means."""
+    head: HeadConfig | None
+    method: MethodConfig
+    train: Sequence[Any]
+    val: Sequence[Any]
+    """Examples."""
+    config: dict[str, Any]
+    """config.json as far as it is known; the plan is added."""
+    epochs: float
+    balance: bool
+    """Batches have each class equally often."""
+    layer_decay: float
+    """Each layer below another learns at this share of its rate."""
+    micro_batch: Callable[[Transformer, torch.device], int]
+    say: Callable[[str], None]
+    log: tuple[str, ...] = ()
+
+
+@dataclass
+class Finetuned:
+    """What came of it."""
+
+    outcome: Outcome
+    adapted: Adapted
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Of the best model on the validation data; empty where the run was stopped."""
+
+    @property
+    def model(self) -> nn.Module:
+        return self.adapted.model
+
+
+def build_model(base: Transformer, head: HeadConfig | None) -> nn.Module:
+    """The base with a task's head on it, or as it is."""
+    return base if head is None else TaskModel(base, head)
+
+
+def put_in(model: nn.Module, method: MethodConfig) -> Adapted:
+    """A method into a model that `build_model` made: its head is always trained."""
+    return inject(model, method, extra=("task_head",) if isinstance(model, TaskModel) else ())
+
+
+def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = None) -> Finetuned:
+    """Plans (or takes the plan that config.json holds), scores the trivial baseline, trains, scores the best."""
+    settings, task, means = work.settings, work.task, work.means
+    device = choose_device(settings.device)
+    torch.set_num_threads(settings.train.threads or work.config.get("plan", {}).get("threads") or cores())
+    ops.select(settings.kernels)
+    torch.manual_seed(settings.seed)
+    base = work.base.to(device)
+    start = copy.deepcopy(base).eval().requires_grad_(False) if task.needs_start else None
+    adapted = put_in(build_model(base, work.head).to(device), work.method)
+    work.config["base"]["hash"] = adapted.base
+    model = adapted.model
+    for stack in (base.encoder, base.decoder):
+        if stack is not None:
+            stack.checkpoint_activations = settings.train.checkpoint_activations
+
+    data, held_out = task.data(work.train, means), task.data(work.val, means)
+    check_rows(settings.source, data, settings.train.batch)
+    _tell(work, adapted, data, held_out)
+    batch = _batches(work, data)
+    plan = _plan(work, model, device, batch, task.objective(start), len(held_out), signals)
+    _write_baseline(work)
+
+    def metrics(model: nn.Module) -> dict[str, float]:
+        task.tune(model, held_out)
+        return task.metrics(model, held_out, means, start)
+
+    torch.manual_seed(settings.seed + 1)  # dropout's stream, whatever planning drew
+    scale = None if work.layer_decay == 1.0 else partial(_layer_scale, adapted, work.layer_decay)
+    if adapted.allocator is not None:
+        adapted.allocator.begin(plan.steps)
+    job = Job(
+        model=model,
+        optimizers=build_optimizers(model, settings.optim, scale),
+        settings=settings,
+        plan=plan,
+        objective=task.objective(start),
+        batch=batch,
+        validation=lambda: (part.to(device) for part in _in_order(held_out)),
+        run=work.run,
+        config=work.config,
+        train_bits=None,
+        val_bits=None,
+        samples_per_epoch=len(data),
+        score=task.score(start),
+        count=task.count,
+        metrics=metrics,
+        watch=task.watch,
+        allocator=adapted.allocator,
+    )
+    result = Finetuned(train(job, signals, log=work.log, resume_from=resume_from), adapted)
+    if result.outcome.code == 0:
+        loss = result.outcome.progress.best_loss if settings.train.patience is not None else None
+        result.metrics = {} if loss is None else {"loss": loss}
+        result.metrics |= task.final_metrics(model, held_out, means, start)
+        files.save(adapted, work.run / "adapter", base_model=str(work.config["base"]["path"]))
+    return result
+
+
+def _layer_scale(adapted: Adapted, decay: float, name: str) -> float:
+    return layer_scale(name, adapted.transformer.config, decay)
+
+
+def _in_order(data: TaskData, rows: int = 32) -> Iterable[Batch]:
+    for first in range(0, len(data), rows):
+        indices = np.arange(first, min(first + rows, len(data)))
+        yield data.batch(indices, indices)
+
+
+def _batches(work: Finetuning, data: TaskData) -> Callable[[int], Batch]:
+    """Step -> its rows, a pure function of the step."""
+    rows, seed = work.settings.train.batch, work.settings.seed
+    classes = work.task.classes(work.train) if work.balance else None
+    if work.balance and classes is None:
+        raise UserError("--balance needs a task in which each example has one class: --task classify")
+
+    def batch(step: int) -> Batch:
+        samples = np.arange(step * rows, (step + 1) * rows)
+        if classes is not None:
+            return data.batch(balanced(samples, classes, seed=seed), samples)
+        return data.batch(shuffled(samples, len(data), seed=seed), samples)
+
+    return batch
+
+
+def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validation_rows: int, signals) -> Plan:
+    """The plan that config.json holds, or a new one, written there before anything else happens."""
+    known, settings = work.config.get("plan"), work.settings
+    if known is not None:
+        try:
+            plan = Plan(**{field.name: known[field.name] for field in fields(Plan)})
+        except (KeyError, TypeError):
+            raise DamagedFile(f"{work.run / 'config.json'} is damaged: its plan is not complete") from None
+        plan = replace(plan, steps=settings.steps or plan.steps, device=device.type)
+    else:
+        first = batch(0)
+        per_row = len(first.samples) // settings.train.batch  # a preference has two rows
+        if settings.steps is None and settings.minutes is None:
+            epoch = work.config["corpus"]["rows"] / settings.train.batch
+            settings = replace(settings, steps=max(1, round(work.epochs * epoch)))
+        plan = make_plan(
+            settings,
+            model=model,
+            device=device,
+            micro_batch=per_row * (settings.train.micro_batch or work.micro_batch(work.base, device)),
+            objective=objective,
+            batch=batch,
+            validation_rows=validation_rows,
+            poll=signals.poll,
+        )
+    trained, parameters = summary(model)
+    work.config["plan"] = {**asdict(plan), "parameters": parameters, "trained_parameters": trained}
+    work.config["plan"]["predicted_seconds"] = plan.seconds
+    write_json(work.run / "config.json", work.config)
+    work.say(
+        f"plan      {plan.steps:,} steps of {settings.train.batch} examples, validation every {plan.eval_every}; "
+        f"{plan.device}, {plan.dtype}, {plan.threads} thread{'s' * (plan.threads > 1)}; "
+        f"about {plan.seconds / 60:.1f} min"
+    )
+    return plan
+
+
+def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData) -> None:
+    trained, parameters = summary(adapted.model)
+    work.say(
+        f"method    {work.method.method}: {trained:,} of {parameters:,} parameters move ({trained / parameters:.2%})"
+    )
+    work.say(f"data      {len(work.train):,} examples to train on, {len(work.val):,} to validate")
+    for name, part in (("training", data), ("validation", held_out)):
+        if part.truncated or part.dropped:
+            work.say(
+                f"note: {part.truncated} {name} examples are cut by the context of {work.means.room} tokens, "
+                f"{part.dropped} give nothing to learn"
+            )
+    corpus = work.config.setdefault("corpus", {})
+    corpus.update(rows=len(data), val_rows=len(held_out), truncated=data.truncated, dropped=data.dropped)
+
+
+def _write_baseline(work: Finetuning) -> None:
+    """The first line of metrics.jsonl: what the trivial answer reaches; a resumed run has it already."""
+    what, scores = work.task.baseline(work.train, work.val)
+    if what:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
+        work.say(f"to beat   {what}: {shown}")
+    if any(event.get("event") == "baselines" for event in read_metrics(work.run)):
+        return
+    metrics = Metrics(work.run)
+    metrics.write(event="baselines", trivial=what, **scores)
+    metrics.close()

@@ -1,0 +1,161 @@
+"""predict, evaluate, embed and chat: what comes out, line by line."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minillm.inference.generate import generate
+from minillm.inference.sampling import Sampling
+from minillm.inference.stream import stop_and_banned
+from minillm.loading import load
+from tests.finetuning import FAST, base, lines, minillm, records
+from tokenizer.chat import encode_chat
+
+TEXTS = ["the fox is over hills", "☃ rain", "the trees"]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base(tmp_path_factory.mktemp("commands") / "decoder")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base(tmp_path_factory.mktemp("commands") / "encoder", "encoder")
+
+
+def tuned(model: Path, task: str, folder: Path, capsys: pytest.CaptureFixture[str], steps: int = 60) -> Path:
+    data = lines(folder / "data.jsonl", records(task))
+    argv = ["--task", task, "--data", data, "--out", folder / "run", "--steps", steps, *FAST]
+    done = minillm(capsys, "finetune", model, *argv)
+    assert done.code == 0, done.err
+    return folder / "run"
+
+
+def rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_predict_tags_words(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tuned(encoder, "tag", tmp_path, capsys)
+    (tmp_path / "input.txt").write_text("the fox is over\n\nthe rain is\n")
+    found = rows(minillm(capsys, "predict", run, "--input", tmp_path / "input.txt").out)
+    assert [answer["tokens"] for answer in found] == [["the", "fox", "is", "over"], ["the", "rain", "is"]]
+    assert found[0]["entities"][0] == {"type": "RED", "start": 1, "end": 2, "text": "fox"}
+
+
+def test_predict_gives_probabilities_for_lines_of_text(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tuned(encoder, "classify", tmp_path, capsys)
+    (tmp_path / "input.txt").write_text("the fox is over\nthe rain is over\n")
+    found = rows(minillm(capsys, "predict", run, "--input", tmp_path / "input.txt").out)
+    assert [answer["label"] for answer in found] == ["red", "blue"]
+    for answer in found:
+        assert sum(answer["scores"].values()) == pytest.approx(1) and max(answer["scores"].values()) > 0.5
+        assert max(answer["scores"], key=answer["scores"].get) == answer["label"]
+
+
+def test_replies_are_those_of_greedy_generation(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """predict, and chat through a pipe, against the template and the generator themselves."""
+    run = tuned(decoder, "chat", tmp_path, capsys, steps=20)
+    model, tokenizer = load(run)
+    stops, banned = stop_and_banned(tokenizer, model.config)
+
+    def said(messages: list[dict[str, str]], tokens: int) -> str:
+        prompt, _ = encode_chat(tokenizer, messages, reply=True)
+        options = {"sampling": Sampling(temperature=0.0), "stop_ids": stops, "banned_ids": banned}
+        return tokenizer.decode(generate(model, [prompt], max_new_tokens=tokens, **options)[0])
+
+    ask = lines(
+        tmp_path / "ask.jsonl", [{"instruction": "the fox"}, {"messages": [{"role": "user", "content": "rain"}]}]
+    )
+    found = rows(minillm(capsys, "predict", run, "--input", ask, "--max-new-tokens", 9).out)
+    wanted = [said([{"role": "user", "content": text}], 9) for text in ("the fox", "rain")]
+    assert [answer["reply"] for answer in found] == wanted
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("the fox\nrain\n"))
+    talk = minillm(capsys, "chat", run, "--temperature", 0, "--top-p", 1, "--max-new-tokens", 5)
+    first = said([{"role": "user", "content": "the fox"}], 5)
+    turns = [("user", "the fox"), ("assistant", first), ("user", "rain")]
+    second = said([{"role": role, "content": text} for role, text in turns], 5)
+    assert talk.code == 0 and talk.out == f"{first}\n{second}\n"
+
+
+def test_a_long_conversation_forgets_its_oldest_turns(
+    decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the fox\n" * 6))
+    talk = minillm(capsys, "chat", decoder, "--max-new-tokens", 4, "--system", "be quick")
+    assert talk.code == 0 and talk.out.count("\n") >= 6
+    monkeypatch.setattr("sys.stdin", io.StringIO("jumps over the lazy dog " * 20))
+    talk = minillm(capsys, "chat", decoder)
+    assert talk.code == 2 and "the model's context 48: say it in fewer words" in talk.err
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "last"])
+def test_embed_pools_the_states_of_each_text_alone(
+    pool: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "input.txt").write_text("\n".join(TEXTS))
+    argv = ["--input", tmp_path / "input.txt", "--pool", pool]
+    found = rows(minillm(capsys, "embed", encoder, *argv).out)
+    unit = rows(minillm(capsys, "embed", encoder, *argv, "--normalize").out)
+    model, tokenizer = load(encoder)
+    for text, plain, normal in zip(TEXTS, found, unit, strict=True):
+        ids = [tokenizer.document_id, *tokenizer.encode(text), tokenizer.end_id]
+        with torch.no_grad():
+            states = model.states(torch.tensor([ids]))[0]  # [T, dim], without padding
+        wanted = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pool].numpy()
+        assert plain["text"] == text
+        np.testing.assert_allclose(plain["embedding"], wanted, atol=1e-5)
+        np.testing.assert_allclose(normal["embedding"], wanted / np.linalg.norm(wanted), atol=1e-5)
+
+
+def test_a_plain_decoder_is_scored_as_a_language_model(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "the quick fox jumps over hills\n" * 9
+    (tmp_path / "text.txt").write_text(text)
+    found = json.loads(
+        minillm(capsys, "evaluate", decoder, "--task", "lm", "--data", tmp_path / "text.txt", "--json").out
+    )
+    model, tokenizer = load(decoder)
+    ids = torch.tensor([tokenizer.document_id, *tokenizer.encode(text)])
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for first in range(0, len(ids) - 1, 48):
+            part = ids[first : first + 49]
+            total += torch.nn.functional.cross_entropy(model(part[None, :-1])[0], part[1:], reduction="sum").item()
+            targets += len(part) - 1
+    assert found["loss"] == pytest.approx(total / targets, rel=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(total / targets), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(total / np.log(2) / len(text), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, argv, words",
+    [
+        ("evaluate", ["--task", "tag", "--data", "x.jsonl"], "no head for tag; finetune it first"),
+        ("evaluate", ["--data", "x.jsonl"], "name one with --task"),
+        ("predict", ["--task", "chat", "--input", "x.jsonl"], "x.jsonl does not exist"),
+        ("embed", ["--input", "x.jsonl"], "x.jsonl does not exist"),
+    ],
+)
+def test_what_a_model_cannot_do_is_said_in_one_line(
+    name: str, argv: list[str], words: str, decoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = minillm(capsys, name, decoder, *argv)
+    assert done.code == 2 and words in done.err and done.err.startswith("error: ") and done.err.count("\n") == 1
+
+
+def test_an_encoder_does_not_chat(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = minillm(capsys, "chat", encoder)
+    assert done.code == 2 and "does not write replies" in done.err
