@@ -85,6 +85,8 @@ def test_the_most_important_triplets_stay() -> None:
                 doubt[key] = BETA * doubt.get(key, 0) + (1 - BETA) * (now - smooth[key]).abs()
         optimizer.step()
         allocator.after_step(number)
+    torch.testing.assert_close(allocator.sensitivity, smooth, atol=1e-15, rtol=1e-9)
+    torch.testing.assert_close(allocator.uncertainty, doubt, atol=1e-15, rtol=1e-9)
     scores = {}
     for name in allocator.layers:
         A, E, B = (smooth[f"{name}.{own}"] * doubt[f"{name}.{own}"] for own in ("lora_A", "lora_E", "lora_B"))

@@ -40,6 +40,7 @@ def test_only_what_the_method_moves_is_trained(method: str, shape: str) -> None:
     assert moved == trained == {name for name in adapted.moved() if not name.endswith(".kept")}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (name in trained), name
+    assert len(adapted.moved()) - len(trained) == (len(adapted.grown) if method == "adalora" else 0)  # which ranks stay
     if config.method in INSIDE:
         assert trained == {name for name in before if INSIDE[config.method] in name and not name.endswith("kept")}
     assert summary(model) == (sum(before[name].numel() for name in trained), sum(p.numel() for p in model.parameters()))
@@ -144,6 +145,7 @@ def test_dropout_is_on_the_update_alone() -> None:
     model, batch = build(small()), inputs("decoder")
     before = model(**batch)
     inject(model, MethodConfig(method="lora", dropout=0.5))
+    assert not any(module.training for module in model.modules())  # as the model was
     model.train()
     assert torch.equal(model(**batch), before)  # B is 0: whatever A reads
     move(model)
@@ -185,7 +187,7 @@ def test_freeze_leaves_the_first_layers_bit_identical(options: dict[str, Any], f
 @pytest.mark.parametrize("method", [*METHODS, "head"])
 def test_a_head_of_the_task_is_trained_besides(method: str) -> None:
     options = {"method": "freeze", "train_only": "head"} if method == "head" else METHODS[method]
-    model = Tagger(build(small()))
+    model = Tagger(build(small(tied=False)))  # its own output matrix is no head of the task
     adapted = inject(model, MethodConfig(**options), extra=["head"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"head.weight", "head.bias"} <= trained
