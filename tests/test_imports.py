@@ -16,8 +16,8 @@ PACKAGES = ("kernels", "tokenizer", "minillm", "benchmarks")
 SOURCES = sorted([p for name in PACKAGES for p in (ROOT / name).rglob("*.py")] + list(ROOT.glob("*.py")))
 EXTRAS = {
     "datasets", "fastapi", "gguf", "huggingface_hub", "IPython", "matplotlib", "onnx", "optuna", "pandas", "peft",
-    "pyarrow", "pytest", "sacrebleu", "scipy", "sklearn", "tensorboard", "torchao", "trackio", "transformers", "uvicorn",
-    "wandb",
+    "pyarrow", "pytest", "sacrebleu", "scipy", "sklearn", "tensorboard", "torchao", "trackio", "transformers",
+    "uvicorn", "wandb",
 }  # fmt: skip
 
 
