@@ -6,7 +6,8 @@ the like where they express it exactly, and to the kernel's own reference otherw
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,17 @@ def select(kernels: Kernels) -> None:
         )
     global _choice
     _choice = kernels
+
+
+@contextmanager
+def on_torch() -> Iterator[None]:
+    """While open, everything runs on PyTorch's operators, whatever was selected."""
+    global _choice
+    before, _choice = _choice, "torch"
+    try:
+        yield
+    finally:
+        _choice = before
 
 
 def selected(device: torch.device) -> tuple[str, str]:
