@@ -22,6 +22,7 @@ from minillm.commands.tasks import (
     examples_of,
     json_ready,
     means_of,
+    old_text,
     say,
     shown_metrics,
 )
@@ -70,6 +71,10 @@ class Args:
     """preference: how dear it is to move away from the start."""
     layer_decay: float = 1.0
     """Each layer learns at this share of the rate of the one above it."""
+    replay: float = 0.0
+    """Against forgetting: adds so many times the loss on the text of the pretraining."""
+    l2_start: float = 0.0
+    """Against forgetting: adds l2_start / 2 · Σ (w − w₀)², w₀ the weights as they were."""
     freeze_layers: int | None = None
     """freeze: the embeddings and so many first blocks stay as they are."""
     train_only: Literal["head"] | None = None
@@ -151,6 +156,8 @@ def _start(args: Args, signals: Signals) -> int:
         raise UserError("--steps and --minutes contradict each other: give one of them")
     if not args.epochs > 0 or not 0 < args.layer_decay <= 1:
         raise UserError("--epochs must be positive, and --layer-decay above 0 and at most 1")
+    if args.replay < 0 or args.l2_start < 0:
+        raise UserError("--replay and --l2-start must not be negative")
     method, trackers = _method(args), _trackers(args.log)
     choose_device(args.device)
     ops.select(args.kernels)
@@ -164,6 +171,7 @@ def _start(args: Args, signals: Signals) -> int:
     weigh = {"auto": None, "on": True, "off": False}[args.class_weights]
     options = {"class_weights": weigh, "beta": args.beta, "balance": args.balance, "pool": args.pool}
     options |= {"epochs": args.epochs, "layer_decay": args.layer_decay, "val": args.val}
+    options |= {"replay": args.replay, "l2_start": args.l2_start}
     base = {"path": str(opened.folder.resolve()), "model": str(args.model)}
     config = run_config(settings) | {"task": {"name": args.task, "options": options}, "base": base}
     config["method"] = asdict(method)
@@ -234,7 +242,9 @@ def _prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[st
     corpus = {"source": settings.source, "hash": digest, "documents": len(train) + len(val), "split": split}
     config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
     means = means_of(opened.tokenizer, shape, method)
-    return {"base": opened.transformer, "task": task, "means": means, "head": head, "train": train, "val": val}
+    old = old_text(opened, means)
+    parts = {"base": opened.transformer, "task": task, "means": means, "head": head, "train": train, "val": val}
+    return parts | {"old": old, "replay": options["replay"], "l2_start": options["l2_start"]}
 
 
 def _run(prepared, settings: Settings, run: Path, config, trackers, signals: Signals, *, resume_from) -> int:

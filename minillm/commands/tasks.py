@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from minillm.commands.corpus import run_objective
 from minillm.config import ModelConfig, Settings, UserError, from_dict
+from minillm.data.shards import is_prepared, open_shards
 from minillm.data.stdlib_tasks import stdlib_records
 from minillm.loading import Opened
 from minillm.peft.config import MethodConfig
 from minillm.tasks.catalogue import TASKS, known_task
 from minillm.tasks.task import Means, Task
+from minillm.training.keeping import OldText
 from tokenizer.chat import encode_chat
 
 TaskName = Literal["lm", "chat", "classify", "tag", "span-qa", "seq2seq", "regress", "preference"]
@@ -33,6 +35,15 @@ def opened_means(opened: Opened) -> Means:
     method = opened.config.get("method")
     config = opened.transformer.config
     return means_of(opened.tokenizer, config, None if method is None else from_dict(MethodConfig, method, "method."))
+
+
+def old_text(opened: Opened, means: Means) -> OldText | None:
+    """The text that the model was pretrained on, where its run folder holds it in shards."""
+    folder = opened.folder.parent.parent / "data"
+    if not opened.config or not is_prepared(folder):
+        return None
+    shards = open_shards(folder, tokenizer_hash=opened.tokenizer.hash, vocab_size=means.config.vocab_size)
+    return OldText(shards.train, shards.val, means.plain_text, means.room)
 
 
 def examples_of(task: Task, data: str, *, seed: int = 0) -> list[Any]:

@@ -5,6 +5,7 @@ model -> head -> method        examples -> data -> batches        settings -> op
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,9 @@ from minillm.peft import files
 from minillm.peft.config import MethodConfig
 from minillm.peft.depth import layer_scale
 from minillm.peft.inject import Adapted, inject, summary
+from minillm.training.keeping import OldText, l2_to_start, with_replay
 from minillm.training.loop import Job, Outcome, train
+from minillm.training.objectives import Objective
 from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, choose_device, cores, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
@@ -59,6 +62,12 @@ class Finetuning:
     micro_batch: Callable[[Transformer, torch.device], int]
     say: Callable[[str], None]
     log: tuple[str, ...] = ()
+    old: OldText | None = None
+    """What the base was pretrained on, where its run folder still has it."""
+    replay: float = 0.0
+    """Share of the old text's loss in training."""
+    l2_start: float = 0.0
+    """Pull of the weights towards where they began."""
 
 
 @dataclass
@@ -93,6 +102,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     ops.select(settings.kernels)
     torch.manual_seed(settings.seed)
     base = work.base.to(device)
+    remembered = None if work.old is None else work.old.loss(base, signals.poll, nullcontext)
     start = copy.deepcopy(base).eval().requires_grad_(False) if task.needs_start else None
     adapted = put_in(build_model(base, work.head).to(device), work.method)
     work.config["base"]["hash"] = adapted.base
@@ -105,7 +115,8 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     check_rows(settings.source, data, settings.train.batch)
     _tell(work, adapted, data, held_out)
     batch = _batches(work, data)
-    plan = _plan(work, model, device, batch, task.objective(start), len(held_out), signals)
+    objective = _objective(work, model, start)
+    plan = _plan(work, model, device, batch, objective, len(held_out), signals)
     _write_baseline(work)
 
     def metrics(model: nn.Module) -> dict[str, float]:
@@ -121,7 +132,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
         optimizers=build_optimizers(model, settings.optim, scale),
         settings=settings,
         plan=plan,
-        objective=task.objective(start),
+        objective=objective,
         batch=batch,
         validation=lambda: (part.to(device) for part in _in_order(held_out)),
         run=work.run,
@@ -140,8 +151,21 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
         loss = result.outcome.progress.best_loss if settings.train.patience is not None else None
         result.metrics = {} if loss is None else {"loss": loss}
         result.metrics |= task.final_metrics(model, held_out, means, start)
+        if work.old is not None:
+            forgotten = work.old.loss(model, signals.poll, nullcontext)
+            result.metrics |= {"old_loss_before": remembered, "old_loss_after": forgotten}
         files.save(adapted, work.run / "adapter", base_model=str(work.config["base"]["path"]))
     return result
+
+
+def _objective(work: Finetuning, model: nn.Module, start: nn.Module | None) -> Objective:
+    """The task's, with what keeps the model from forgetting."""
+    objective = work.task.objective(start)
+    if work.replay and work.old is None:
+        raise UserError("--replay needs the text of the pretraining: a MODEL whose run folder holds its data/")
+    if work.replay:
+        objective = with_replay(objective, work.task.count, work.old, work.replay, work.settings.seed)
+    return l2_to_start(objective, work.task.count, model, work.l2_start) if work.l2_start else objective
 
 
 def _layer_scale(adapted: Adapted, decay: float, name: str) -> float:
