@@ -60,7 +60,8 @@ def verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> 
             *sentences,
             f"At step {last['step']:,} the validation gave no finite number: the model has broken down.",
         ]
-    return sentences + _memorising(result, best_step, best)
+    epochs = max((line.get("epoch", 1.0) for line in metrics if line.get("split") == "train"), default=1.0)
+    return sentences + _memorising(result, best_step, best, epochs)
 
 
 def score(value: float) -> str:
@@ -101,7 +102,7 @@ def _against_baselines(best: float, baselines: Mapping[str, float]) -> list[str]
     return sentences
 
 
-def _memorising(result: Scores, best_step: int, best: float) -> list[str]:
+def _memorising(result: Scores, best_step: int, best: float, epochs: float) -> list[str]:
     last_step, last = result.validation[-1]
     recent = [y for step, y in result.train if step > 0.9 * last_step] or [y for _, y in result.train[-1:]]
     if not recent or len(result.validation) < 2:
@@ -115,6 +116,8 @@ def _memorising(result: Scores, best_step: int, best: float) -> list[str]:
             return [f"Overfitting: {turned}. More text, --model.dropout, or fewer steps would help."]
         return [f"It got worse, on training text too: {turned}. A lower --optim.lr is the usual cure."]
     if train > 0 and last / train > MEMORISING:
+        if epochs < 1:  # nothing was read twice, so nothing was memorised
+            return [f"The held-out text is harder for it ({score(last)}) than the training text ({score(train)})."]
         return [
             f"It predicts training text {1 - train / last:.0%} better ({score(train)}) than held-out text "
             f"({score(last)}): it begins to memorise, though the validation still improves."

@@ -270,3 +270,17 @@ def test_next_commands_fit_the_model() -> None:
     ]
     encoder = [command for command, _ in next_commands(Path("runs/a"), config(600, "mlm-tiny", source="a b"), GOOD)]
     assert encoder[:2] == ["minillm doctor runs/a", "python train.py --preset mlm-tiny --data 'a b' --steps 2400"]
+
+
+def test_nothing_read_once_is_called_memorised() -> None:
+    metrics = [
+        BASELINES,
+        val(0, 4.0),
+        *({**train(step, 1.5), "epoch": step / 400} for step in (50, 100)),
+        val(100, 2.0),
+    ]
+    words = " ".join(verdict(config(), metrics))
+    assert "The held-out text is harder for it (2.000) than the training text (1.500)." in words
+    assert "memorise" not in words
+    read_twice = [{**line, "epoch": 2.0} if line.get("split") == "train" else line for line in metrics]
+    assert "memorise" in " ".join(verdict(config(), read_twice))
