@@ -34,7 +34,7 @@ def config(steps: int = 100, preset: str = "default", **changes) -> dict:
 def train(step: int, bits: float | None, **more) -> dict:
     return {"step": step, "tokens": step * 4096, "seconds": step / 4, "split": "train", "loss": (bits or 1.0) * 2,
             "bits_per_byte": bits, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 17_000.0, "targets": 40_960,
-            "epoch": step / 900, **more}  # fmt: skip
+            "epoch": step / 40, **more}  # fmt: skip
 
 
 def val(step: int, bits: float | None, **more) -> dict:
@@ -265,7 +265,7 @@ def test_next_commands_fit_the_model() -> None:
     commands = [command for command, _ in next_commands(Path("runs/a"), config(), GOOD)]
     assert commands == [
         "minillm generate runs/a --prompt 'def '",
-        "python train.py --preset default --minutes 20",
+        "python train.py --preset default --minutes 18",
         "minillm plot runs/a",
     ]
     encoder = [command for command, _ in next_commands(Path("runs/a"), config(600, "mlm-tiny", source="a b"), GOOD)]
