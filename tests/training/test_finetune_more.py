@@ -1,0 +1,92 @@
+"""Finetuning where it is less usual: several labels at once, pairs, a model of another house, forgotten data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillm.loading import open_model
+from tests.finetuning import COLOURS, FAST, base, classify_file, lines, minillm
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base(tmp_path_factory.mktemp("more") / "encoder", "encoder", token_types=2)
+
+
+def test_several_labels_at_once_each_with_its_threshold(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    for n in range(60):
+        labels = [label for place, label in enumerate(COLOURS) if n >> place & 1]
+        words = [COLOURS[label][n % 3] for label in labels]
+        made.append({"text": " ".join(["the", *words, "is"]), "label": labels})
+    data, run = lines(tmp_path / "data.jsonl", made), tmp_path / "run"
+    argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 120, *FAST, "--train.patience", 20]
+    done = minillm(capsys, "finetune", encoder, *argv)
+    assert done.code == 0, done.err
+    model: Any = open_model(run).model
+    assert ((model.threshold > 0) & (model.threshold < 1)).all()
+    found = [json.loads(line) for line in minillm(capsys, "predict", run, "--input", data).out.splitlines()]
+    right = [sorted(answer["label"]) == sorted(record["label"]) for answer, record in zip(found, made, strict=True)]
+    assert sum(right) / len(right) > 0.6
+    evaluated = json.loads(minillm(capsys, "evaluate", run, "--data", data, "--json").out)
+    assert evaluated["accuracy"] == pytest.approx(sum(right) / len(right)) and evaluated["micro_f1"] > 0.75
+
+
+def test_pairs_are_told_apart(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The label says which of the two texts holds the fox; both orders hold the same words."""
+    texts = ("the fox is", "the rain is")
+    made = [
+        {"text": texts[n % 2], "text_pair": texts[1 - n % 2], "label": ("first", "second")[n % 2]} for n in range(40)
+    ]
+    data, run = lines(tmp_path / "data.jsonl", made), tmp_path / "run"
+    argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 80, *FAST, "--train.patience", 20]
+    assert minillm(capsys, "finetune", encoder, *argv).code == 0
+    assert json.loads(minillm(capsys, "evaluate", run, "--data", data, "--json").out)["accuracy"] == 1.0
+
+
+def test_a_label_that_the_model_does_not_know_is_named_with_its_line(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = classify_file(tmp_path / "data.jsonl"), tmp_path / "run"
+    argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 2, *FAST]
+    assert minillm(capsys, "finetune", encoder, *argv).code == 0
+    other = lines(tmp_path / "other.jsonl", [{"text": "a", "label": "red"}, {"text": "b", "label": "green"}])
+    done = minillm(capsys, "evaluate", run, "--data", other)
+    assert done.code == 2 and f"{other}:2: the label 'green' is not one that the model knows" in done.err
+    wrong = minillm(capsys, "evaluate", run, "--task", "tag", "--data", other)
+    assert wrong.code == 2 and "was finetuned for classify" in wrong.err
+
+
+def test_changed_data_is_no_way_to_go_on(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = classify_file(tmp_path / "data.jsonl"), tmp_path / "run"
+    argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 2, *FAST]
+    assert minillm(capsys, "finetune", encoder, *argv).code == 0
+    assert minillm(capsys, "finetune", "--resume", run).code == 0  # finished: nothing is left to do
+    data.write_text(data.read_text().replace("fox", "dog"))
+    done = minillm(capsys, "finetune", "--resume", run, "--steps", 4)
+    assert done.code == 2 and "have changed since the run began" in done.err
+
+
+def test_every_method_in_one_table(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each row is what the method's own run says, as its result.json has it."""
+    from minillm.commands.comparing import table, without
+
+    argv = ["m", "--method", "all", "--out=x", "--steps", "3"]
+    assert without(argv, "--method", "--out") == ["m", "--steps", "3"]
+    data = classify_file(tmp_path / "data.jsonl")
+    results = []
+    for method in ("full", "lora"):
+        run = tmp_path / method
+        argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 3, "--method", method, *FAST]
+        assert minillm(capsys, "finetune", encoder, *argv).code == 0
+        results.append(json.loads((run / "result.json").read_text()))
+    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in table(results, "macro_f1")]
+    assert rows[0] == ["method", "macro f1", "loss", "accuracy", "trained", "file", "peak memory", "time"]
+    for row, result in zip(rows[2:], results, strict=True):
+        assert row[0] == result["method"] and row[1] == f"{result['metrics']['macro_f1']:.4f}"
+        assert row[4].startswith(f"{result['trained_parameters']:,} (")
+    assert results[1]["adapter_bytes"] < results[0]["adapter_bytes"]
