@@ -59,6 +59,9 @@ def test_transformers_computes_the_same_and_it_comes_back(variant, bpe, tmp_path
     assert expected.abs().max() > 0.5
     assert (output(theirs, **hf) - expected).abs().max() < 1e-4
     assert (again - expected).abs().max() < 1e-6
+    assert config.source_embedding == model.config.source_embedding
+    if family == "bart":  # whose own default ends every text with id 2
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["forced_eos_token_id"] is None
 
 
 def test_what_needs_no_zeros_comes_back_with_the_same_config(bpe, tmp_path):
