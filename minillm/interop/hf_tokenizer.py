@@ -80,6 +80,11 @@ class HFTokenizer:
         """
         return self._checked(self._model.encode(_valid(text), add_special_tokens=False).ids, text)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and for each id its first character in `text` and the one behind its last."""
+        encoded = self._model.encode(_valid(text), add_special_tokens=False)
+        return self._checked(encoded.ids, text), list(encoded.offsets)
+
     def encode_batch(self, texts: list[str], *, threads: int | None = None) -> list[list[int]]:
         """`[encode(text) for text in texts]`, over as many threads as the library takes."""
         encoded = self._model.encode_batch([_valid(text) for text in texts], add_special_tokens=False)

@@ -1,13 +1,16 @@
 """Finetuning where it is less usual: several labels at once, pairs, a model of another house, forgotten data."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minillm.loading import open_model
-from tests.finetuning import COLOURS, FAST, base, classify_file, lines, minillm
+from tests.finetuning import COLOURS, FAST, base, classify_file, lines, minillm, records
+from tests.training.running import WORDS
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +93,25 @@ def test_every_method_in_one_table(encoder: Path, tmp_path: Path, capsys: pytest
         assert row[0] == result["method"] and row[1] == f"{result['metrics']['macro_f1']:.4f}"
         assert row[4].startswith(f"{result['trained_parameters']:,} (")
     assert results[1]["adapter_bytes"] < results[0]["adapter_bytes"]
+
+
+@pytest.mark.parametrize(("task", "name"), [("classify", "accuracy"), ("tag", "entity_f1"), ("span-qa", "f1")])
+def test_a_bert_in_hugging_faces_format_learns_a_task(
+    task: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its WordPieces know where in the text they stand; the run opens without the folder that it came from."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = transformers.BertConfig(vocab_size=80, max_position_embeddings=48, **sizes)
+    transformers.BertModel(shape).save_pretrained(tmp_path / "bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *sorted({*WORDS, "is", "what", "it", "?"})]
+    pieces.remove("hills")  # is then three pieces
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join([*pieces, "hi", "##ll", "##s"]) + "\n")
+    data, run = lines(tmp_path / "data.jsonl", records(task)), tmp_path / "run"
+    argv = ["--task", task, "--data", data, "--out", run, "--method", "lora", "--steps", 60, *FAST]
+    done = minillm(capsys, "finetune", tmp_path / "bert", *argv, "--train.patience", 20)
+    assert done.code == 0, done.err
+    shutil.rmtree(tmp_path / "bert")
+    assert json.loads(minillm(capsys, "evaluate", run, "--data", data, "--json").out)[name] >= 0.7
