@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minillm.loading import open_model
+from minillm.training.verdict import next_commands
 from tests.finetuning import COLOURS, FAST, base, classify_file, lines, minillm, records
 from tests.training.running import WORDS
 
@@ -115,3 +116,19 @@ def test_a_bert_in_hugging_faces_format_learns_a_task(
     assert done.code == 0, done.err
     shutil.rmtree(tmp_path / "bert")
     assert json.loads(minillm(capsys, "evaluate", run, "--data", data, "--json").out)[name] >= 0.7
+
+
+def test_what_to_do_next_names_commands_that_fit_a_finetuned_run() -> None:
+    config = {"settings": {"preset": "chat-full"}, "task": {"name": "chat"}}
+    broken = {"event": "nonfinite", "step": 1, "what": "loss", "layer": "head", "samples": [0]}
+
+    def commands(last: dict[str, Any]) -> list[str]:
+        return [command for command, _ in next_commands(Path("runs/a"), config, [last])]
+
+    assert commands({"event": "end", "reason": "finished", "step": 4}) == [
+        "minillm chat runs/a",
+        "minillm predict runs/a --input FILE",
+        "minillm evaluate runs/a --data FILE",
+    ]
+    assert commands({"event": "end", "reason": "signal", "step": 2})[0] == "minillm finetune --resume runs/a"
+    assert commands(broken) == ["minillm doctor runs/a", "minillm plot runs/a"]
