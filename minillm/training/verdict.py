@@ -73,11 +73,6 @@ def _how_it_ended(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
     steps = (config.get("plan") or {}).get("steps")
     of_all = f" of {steps:,}" if isinstance(steps, int) else ""
     last = metrics[-1] if metrics else {}
-    if last.get("event") == "nonfinite" and config.get("task"):
-        return [
-            (f"minillm doctor {folder}", "names what is wrong, and where"),
-            (f"minillm plot {folder}", "the curves up to the break"),
-        ]
     if last.get("event") == "nonfinite":
         return [
             f"Training broke down at step {last['step']:,}: the {last['what']} was not a finite number, first in "
