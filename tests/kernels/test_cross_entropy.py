@@ -51,7 +51,7 @@ def assert_right(name: str, logits: Tensor, targets: Tensor, upstream: Tensor | 
 
 
 def some_logits(M: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return (3 * torch.randn(M, V, generator=random)).to(dtype), torch.randint(V, (M,), generator=random)
 
 

@@ -34,7 +34,7 @@ def through_torch(q, k, v, lengths, *, scale=None, window=None, softcap=None, al
 
 
 def some_inputs(B, H, G, T, S, D, dtype, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(torch.get_default_device()).manual_seed(seed)
     shapes = (B, H, T, D), (B, G, S, D), (B, G, S, D)
     q, k, v = (torch.randn(shape, generator=random).to(dtype) for shape in shapes)
     return q, k, v
@@ -70,8 +70,9 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options, dtype):
-    lengths = torch.tensor([200, 3, 131])
-    assert_right("", *some_inputs(3, 4, 2, 3, 200, 16, dtype), lengths, **options)
+    inputs, lengths = some_inputs(3, 4, 2, 3, 200, 16, dtype), torch.tensor([200, 3, 131])
+    options = {name: x.to(lengths.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    assert_right("", *inputs, lengths, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

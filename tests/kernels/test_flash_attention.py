@@ -87,7 +87,7 @@ def largest_terms(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float | No
     (D, S), group = (q.shape[-1], k.shape[2]), q.shape[1] // k.shape[1]
     scale, width = D**-0.5 if scale is None else scale, max(D, S)
     wide = [F.pad(x, (0, width - D)) for x in (q, k)]
-    eye = torch.eye(S, width, dtype=q.dtype).expand(*k.shape[:2], S, width)
+    eye = torch.eye(S, width, dtype=q.dtype, device=q.device).expand(*k.shape[:2], S, width)
     p = flash_attention_reference(*wide, eye, scale=scale, **options)[..., :S]
     dp = do @ v.repeat_interleave(group, 1).mT
     delta = (p * dp).sum(-1, keepdim=True)

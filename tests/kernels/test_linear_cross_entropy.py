@@ -17,7 +17,7 @@ NAMES = ("hidden", "weight", "bias")
 
 
 def inputs(M: int, N: int, V: int, dtype: torch.dtype, *, bias: bool = True) -> tuple[list[Tensor | None], Tensor]:
-    random = torch.Generator().manual_seed(M + N + V)
+    random = torch.Generator(torch.get_default_device()).manual_seed(M + N + V)
     tensors = [
         torch.randn(M, N, generator=random),
         torch.randn(V, N, generator=random),
