@@ -171,7 +171,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
         ("default", {}, "fp32"),
         ("default", {}, "bf16"),
         ("default", {"train": {"micro_batch": 4}}, "fp32"),
-        ("mlm-tiny", {}, "fp32"),
+        ("bert-tiny", {"model": {"layers": 4, "dim": 128, "context": 128}, "train": {"batch": 32}}, "fp32"),
         ("seq2seq-tiny", {}, "fp32"),
     ],
 )
