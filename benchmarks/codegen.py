@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -35,16 +36,18 @@ def fault(row: Row) -> str | None:
     """What is wrong with a compiled case, in words; None if nothing.
 
     Shared memory must fit the chip. On NVIDIA nothing spills up to a head width of 128, beyond it at most
-    SPILL_ALLOWANCE. On sm_90 flash attention's 16-bit products must be wgmma: mma.sync reaches half of its rate.
+    SPILL_ALLOWANCE. On sm_90 flash attention's 16-bit products must be wgmma up to that width, as mma.sync reaches half
+    of its rate; beyond it the key blocks of the deterministic backward are 32 rows high, and wgmma takes 64.
     """
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         return f"{row['shared']} bytes of shared memory, of {SHARED_LIMIT[row['arch']]}"
     width = re.search(r"/d(\d+)/", row["case"])
-    allowed = SPILL_ALLOWANCE if width and int(width[1]) > WIDEST_WITHOUT_SPILLS else 0
+    wide = width is not None and int(width[1]) > WIDEST_WITHOUT_SPILLS
+    allowed = SPILL_ALLOWANCE if wide else 0
     if row["arch"].startswith("sm_") and row["spills"] > allowed:
         return f"spills {row['spills']} bytes, allowed {allowed}"
     sixteen_bit = "float16" in row["case"]  # bfloat16 too
-    if row["arch"] == "sm_90" and row["kernel"].startswith("flash_attention") and sixteen_bit:
+    if row["arch"] == "sm_90" and row["kernel"].startswith("flash_attention") and sixteen_bit and not wide:
         return None if row["matrix"] == "wgmma" else "no wgmma"
     return None
 
@@ -66,13 +69,20 @@ def amd_usage(assembly: str) -> dict[str, int]:
     }
 
 
-def collect(archs: tuple[str, ...] | list[str], *, quick: bool = False) -> Iterator[Row]:
-    """Rows of every shipped configuration for each chip; `quick` takes one of each kernel.
+def listed(arch: str) -> list[tuple[str, dict[str, int]]]:
+    """Name and launch options of every shipped configuration, in the order of the table, without compiling any."""
+    return [(case.name, case.options) for case in _cases(arch)]
 
-    Raises RuntimeError with the compiling process's last words if it dies.
+
+def collect(archs: tuple[str, ...] | list[str], *, quick: bool = False, sample: int | None = None) -> Iterator[Row]:
+    """Rows of every shipped configuration for each chip; `quick` takes one of each kernel, `sample` so many of all.
+
+    What was compiled before, Triton finds again in its own cache. Raises RuntimeError with the compiling process's
+    last words if it dies.
     """
     for arch in archs:
-        command = [sys.executable, "-m", "benchmarks.codegen", arch, *(["--quick"] if quick else [])]
+        some = "quick" if quick else "all" if sample is None else str(sample)
+        command = [sys.executable, "-m", "benchmarks.codegen", arch, some]
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
         with (
             tempfile.TemporaryFile("w+") as errors,
@@ -88,19 +98,29 @@ def collect(archs: tuple[str, ...] | list[str], *, quick: bool = False) -> Itera
 
 
 def run(archs: tuple[str, ...] | list[str], out: Path, *, quick: bool = False) -> int:
-    """Compile, print the table, write out/codegen.json; 1 if a row has a fault, else 0."""
-    rows = []
+    """Compile, print the table, write out/codegen.json; 1 if a row has a fault, else 0.
+
+    Rows of other chips that stand in the file already stay there, so that it can be made chip by chip.
+    """
+    rows: list[Row] = []
     for row in collect(archs, quick=quick):
         rows.append(row)
         print(f"\r{len(rows)} compiled: {row['arch']} {row['case']:<70.70}", end="", file=sys.stderr)
     print(file=sys.stderr)
     print(table(rows))
+    path = out / "codegen.json"
     out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    (out / "codegen.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    kept = [row for row in _read(path) if row["arch"] not in archs]
+    written = sorted(kept + rows, key=lambda row: ARCHITECTURES.index(row["arch"]))  # stable within a chip
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in written)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     faults = [row for row in rows if row["fault"]]
-    print(f"\n{len(rows)} configurations, {len(faults)} with a fault. Written to {out / 'codegen.json'}")
+    print(f"\n{len(rows)} configurations, {len(faults)} with a fault. Written to {path}")
     return 1 if faults else 0
+
+
+def _read(path: Path) -> list[Row]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def table(rows: list[Row]) -> str:
@@ -129,9 +149,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(map(line, cells))
 
 
-def _compile_all(arch: str, quick: bool) -> None:
-    """The compiling process: a JSON line on stdout for each case."""
-    for case in _chosen(arch) if quick else _cases(arch):
+def _compile_all(arch: str, some: str) -> None:
+    """The compiling process: a JSON line on stdout for each case; `some` is "all", "quick" or a number of them."""
+    cases = _chosen(arch) if some == "quick" else list(_cases(arch))
+    if some.isdigit():
+        cases = random.Random(0).sample(cases, min(int(some), len(cases)))
+    for case in cases:
         row = {"kernel": case.name.split("/")[0], "case": case.name, "arch": arch, "options": case.options}
         print(json.dumps(row | _compiled(case, arch)), flush=True)
 
@@ -181,4 +204,4 @@ def _cuobjdump(cubin: bytes) -> str:
 
 
 if __name__ == "__main__":
-    _compile_all(sys.argv[1], "--quick" in sys.argv[2:])
+    _compile_all(*sys.argv[1:])

@@ -7,8 +7,21 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.codegen import ARCHITECTURES, ROOT, _compiled, amd_usage, collect, fault, nvidia_usage, run, table
+from benchmarks.codegen import (
+    ARCHITECTURES,
+    ROOT,
+    _compiled,
+    amd_usage,
+    collect,
+    fault,
+    listed,
+    nvidia_usage,
+    run,
+    table,
+)
 
+REMEDY = "run `python -m benchmarks kernels --codegen` and commit what it writes"
+SAMPLE = 40  # of about 400 for each chip: all of them take minutes
 ROW = {
     "kernel": "flash_attention_forward", "case": "flash_attention_forward/d64/bfloat16/causal", "arch": "sm_90",
     "options": {"num_warps": 4, "num_stages": 2}, "registers": 142, "spills": 0, "shared": 40960, "matrix": "wgmma",
@@ -49,6 +62,8 @@ def test_one_configuration_of_each_kernel_compiles_for_sm_90():
         ({"shared": 65 * 1024, "arch": "gfx942"}, "66560 bytes of shared memory, of 65536"),
         ({"matrix": "mma.sync"}, "no wgmma"),
         ({"matrix": "mma.sync", "arch": "sm_80"}, None),
+        ({"matrix": "mma.sync", "case": "flash_attention_forward/d128/bfloat16/causal"}, "no wgmma"),
+        ({"matrix": "mma.sync", "case": "flash_attention_backward_keys/d256/bfloat16/causal"}, None),
         ({"matrix": None, "case": "flash_attention_forward/d64/float32/causal"}, None),
         ({"matrix": None, "kernel": "rope", "case": "rope/d64/bfloat16"}, None),
     ],
@@ -102,11 +117,28 @@ def test_the_command_hands_its_options_on(monkeypatch, capsys):
     assert "invalid choice: 'sm_1'" in capsys.readouterr().err
 
 
-@pytest.mark.prove
-@pytest.mark.timeout(3600)
+def committed(arch):
+    return [row for row in json.loads((ROOT / "benchmarks/results/codegen.json").read_text()) if row["arch"] == arch]
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_configuration_compiles_and_the_committed_table_is_of_these(arch):
-    rows = list(collect([arch]))
-    assert [row["case"] + ": " + row["fault"] for row in rows if row["fault"]] == []
-    committed = json.loads((ROOT / "benchmarks/results/codegen.json").read_text())
-    assert [row for row in committed if row["arch"] == arch] == rows, "run `python -m benchmarks kernels --codegen`"
+def test_the_committed_table_is_of_the_shipped_configurations(arch):
+    assert listed(arch) == [(row["case"], row["options"]) for row in committed(arch)], REMEDY
+    assert [row["case"] + ": " + row["fault"] for row in committed(arch) if row["fault"]] == []
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_sample_compiles_to_the_committed_figures(arch):
+    by_case = {row["case"]: row for row in committed(arch)}
+    rows = list(collect([arch], sample=SAMPLE))
+    assert len(rows) == SAMPLE and [by_case[row["case"]] for row in rows] == rows, REMEDY
+
+
+def test_rows_of_other_chips_stay_in_the_table(tmp_path, monkeypatch):
+    for arch in ("sm_90", "sm_80", "sm_90"):
+        row = ROW | {"arch": arch, "fault": None}
+        monkeypatch.setattr("benchmarks.codegen.collect", lambda archs, quick, row=row: iter([row]))
+        run([arch], tmp_path)
+    assert [row["arch"] for row in json.loads((tmp_path / "codegen.json").read_text())] == ["sm_80", "sm_90"]
