@@ -30,10 +30,10 @@ SPARE = 0.9
 HEAP, PROCESS = 0.32, 20 * 2**20
 """What a process on a CPU grows by besides its tensors: a share of them, and the libraries' own buffers.
 
-The share lies in holes of the C library's heap, and depends on the sizes of the blocks: measured runs had 15 to 55 %.
-This one is a fit to nine of them, whose sums it meets within 15 %. It is no law: the mlm-tiny preset grew by 470 MiB
-where it gives 368. Without a heap (MALLOC_MMAP_THRESHOLD_=65536 in the environment) tensors and buffers alone explain
-what is measured; `make prove` repeats both."""
+An estimate, no more: the share lies in holes of the C library's heap, and changes from run to run. Nine measured runs
+had 15 to 55 %, which this meets within 15 % of the sum; later ones with the same code had up to twice that, and a model
+of 43 MiB once grew by 192. Without a heap (MALLOC_MMAP_THRESHOLD_=65536 in the environment, which made a step of 0.28 s one of 0.85 s)
+tensors and buffers alone explain what is measured within 7 %: `make prove` repeats that."""
 
 _PARTS = {  # the first word that is found in a module's name tells its part
     "head": "head",

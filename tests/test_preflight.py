@@ -164,23 +164,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 @pytest.mark.prove
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "preset, changes, dtype",
-    [
-        ("default", {}, "fp32"),
-        ("default", {}, "bf16"),
-        ("default", {"train": {"micro_batch": 4}}, "fp32"),
-        ("bert-tiny", {"model": {"layers": 4, "dim": 128, "context": 128}, "train": {"batch": 32}}, "fp32"),
-        ("seq2seq-tiny", {}, "fp32"),
-    ],
-)
-def test_memory_is_within_15_percent_of_what_a_process_grows_by(preset, changes, dtype):
-    measured, predicted = grown(preset, changes, dtype)
-    assert abs(predicted.total / measured - 1) <= 0.15, (predicted.total / 2**20, measured / 2**20)
-
-
-@pytest.mark.prove
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_without_a_heap_the_tensors_explain_what_is_measured(monkeypatch, optimizer):
