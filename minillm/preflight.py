@@ -32,8 +32,8 @@ HEAP, PROCESS = 0.32, 20 * 2**20
 
 An estimate, no more: the share lies in holes of the C library's heap, and changes from run to run. Nine measured runs
 had 15 to 55 %, which this meets within 15 % of the sum; later ones with the same code had up to twice that, and a model
-of 43 MiB once grew by 192. Without a heap (MALLOC_MMAP_THRESHOLD_=65536 in the environment, which made a step of 0.28 s one of 0.85 s)
-tensors and buffers alone explain what is measured within 7 %: `make prove` repeats that."""
+of 43 MiB once grew by 192. Without a heap (MALLOC_MMAP_THRESHOLD_=65536 in the environment, which made a step of 0.28 s
+one of 0.85 s) tensors and buffers alone explain what is measured within 7 %: `make prove` repeats that."""
 
 _PARTS = {  # the first word that is found in a module's name tells its part
     "head": "head",

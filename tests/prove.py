@@ -112,18 +112,21 @@ def prove(part: str) -> dict[str, Any] | None:
     }
 
 
+def recorded() -> dict[str, Any]:
+    return json.loads(PROOF.read_text(encoding="utf-8")) if PROOF.exists() else {}
+
+
 def main(argv: list[str]) -> int:
     """Proves the parts named in argv, or those that are due; 0 where all of them passed."""
-    proofs = json.loads(PROOF.read_text(encoding="utf-8")) if PROOF.exists() else {}
     if unknown := [part for part in argv if part not in PARTS]:
         print(f"error: there is no part {unknown[0]}; there are {', '.join(PARTS)}", file=sys.stderr)
         return 2
     failed = False
-    for part in argv or due(proofs):
+    for part in argv or due(recorded()):
         proof = prove(part)
         failed |= proof is None or proof["exit"] != 0
         if proof is not None:
-            proofs[part] = proof
+            proofs = {**recorded(), part: proof}  # read again: another part may have been proven meanwhile
             PROOF.write_text(json.dumps(proofs, indent=1) + "\n", encoding="utf-8")
             print(f"{part}: {proof['passed']} passed, {proof['failed']} failed, {proof['skipped']} skipped")
     return int(failed)
