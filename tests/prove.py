@@ -90,6 +90,8 @@ def prove(part: str) -> dict[str, Any] | None:
             "prove",
             "--durations=15",
             "--timeout=3600",
+            "-n",
+            "auto",
             *PARTS[part]["tests"],
         ]
         code = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=False).returncode

@@ -14,7 +14,7 @@ from tests.kernels.budget import GRADIENT, OUTPUT, assert_within_budget
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SAMPLE = 150  # what the slow proofs can afford of one kernel's grid under the interpreter
+SAMPLE = 60  # what the slow proofs can afford of one kernel's grid under the interpreter
 
 
 def every(**options: tuple) -> list[Any]:
