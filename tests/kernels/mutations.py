@@ -2,6 +2,7 @@
 
     python -m tests.kernels.mutations [FILE …]        tries those of the named kernel files (all), lists the survivors
     python -m tests.kernels.mutations --quick         five of them
+    python -m tests.kernels.mutations --sample        forty of them, always the same ones
 
 A change is applied to a copy of kernels/ and tests/kernels/ in a temporary folder, where that kernel's tests then run;
 the checkout is never touched. `old` must occur exactly once in its file, so a refactoring that makes a change
@@ -14,6 +15,7 @@ interpreter write outside a tensor.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -141,6 +143,7 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
 QUICK_FILES = ("cross_entropy.py", "decode_attention.py", "rms_norm.py", "rope.py", "swiglu.py")  # one of each
 MUTATIONS = [Mutation(file, old, new, tests) for (file, tests), pairs in CHANGES.items() for old, new in pairs]
 QUICK = [next(mutation for mutation in MUTATIONS if mutation.file == file) for file in QUICK_FILES]
+SAMPLE = random.Random(0).sample(MUTATIONS, 40)
 
 
 def mutated(mutation: Mutation) -> str:
@@ -192,7 +195,8 @@ def main(arguments: list[str]) -> int:
     import torch  # noqa: F401
     import triton  # noqa: F401
 
-    chosen = QUICK if arguments == ["--quick"] else [m for m in MUTATIONS if not arguments or m.file in arguments]
+    parts = {"--quick": QUICK, "--sample": SAMPLE}
+    chosen = parts.get(" ".join(arguments), [m for m in MUTATIONS if not arguments or m.file in arguments])
     survivors = 0
     for mutation in chosen:
         status = status_of(mutation)

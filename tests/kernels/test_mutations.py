@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.kernels.mutations import MUTATIONS, QUICK, ROOT, Mutation, mutated
+from tests.kernels.mutations import MUTATIONS, QUICK, ROOT, SAMPLE, Mutation, mutated
 
 
 def run_mutations(*arguments: str) -> str:
@@ -39,8 +39,6 @@ def test_five_changes_are_noticed():
 
 @pytest.mark.prove
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
-def test_all_changes_are_noticed(file):
-    printed = run_mutations(file)
-    tried = sum(mutation.file == file for mutation in MUTATIONS)
-    assert printed.endswith(f"{tried} tried, 0 survived\n"), printed
+def test_forty_changes_are_noticed():
+    printed = run_mutations("--sample")
+    assert len(SAMPLE) == 40 and printed.endswith("40 tried, 0 survived\n"), printed
