@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from minillm import ops, preflight
-from minillm.config import Settings
+from minillm.config import ModelConfig, Settings
 from minillm.training.plan import Plan
 from minillm.training.verdict import BASELINES
 
@@ -24,7 +24,6 @@ def predictions(settings: Settings, plan: Plan) -> dict[str, Any]:
 def plan_text(settings: Settings, plan: Plan, predicted: dict[str, Any], corpus: dict[str, Any]) -> str:
     """Device, size, memory, time, text, kernels."""
     model, tokens = settings.model, predicted["tokens_per_step"]
-    side, why = ops.selected(torch.device(plan.device))
     flops = preflight.flops_per_token(model) * tokens * plan.steps
     threads = f", {plan.threads} threads" if plan.device == "cpu" else ""
     compiled = ", compiled" if plan.compile else ""
@@ -32,7 +31,7 @@ def plan_text(settings: Settings, plan: Plan, predicted: dict[str, Any], corpus:
         "model": f"{model.shape}, {predicted['parameters']:,} parameters: {model.layers} layers, {model.dim} wide, "
         f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size}",
         "device": f"{plan.device}{threads}, {plan.dtype}{compiled}",
-        "kernels": f"{side} for attention, norms, RoPE, MLP gate and loss ({why})",
+        "kernels": operators_text(model, torch.device(plan.device)),
         "memory": f"{predicted['predicted_bytes'] / 2**20:,.0f} MiB predicted, with {plan.micro_batch} of "
         f"{settings.train.batch} sequences at a time",
         "text": f"{corpus['train_bytes']:,} bytes = {corpus['train_tokens']:,} tokens to train on, "
@@ -42,6 +41,44 @@ def plan_text(settings: Settings, plan: Plan, predicted: dict[str, Any], corpus:
         "time": f"{plan.seconds / 60:.1f} min predicted, at {tokens / plan.seconds_per_step:,.0f} tokens/s",
     }
     return "\n".join(["plan", *(f"  {name:<9}{text}" for name, text in lines.items())])
+
+
+def operators(model: ModelConfig, device: torch.device) -> dict[str, str]:
+    """What of a training step runs on which operator, and where it is not the usual one of its side, why."""
+    triton = ops.selected(device)[0] == "triton"
+    attention, norm, position = model.attention, model.norm, model.position
+    named = {"attention": "flash_attention"} if triton else {"attention": "F.scaled_dot_product_attention"}
+    if not triton and attention.softcap is not None:
+        named["attention"] = "flash_attention_reference (F.scaled_dot_product_attention has no softcap)"
+    elif not triton and (attention.window is not None or position.kind == "alibi"):
+        named["attention"] += " with a mask in memory (it has no window and no ALiBi)"
+    if triton:
+        named["norm"] = f"{norm.kind}_norm, the residual's addition in the same pass"
+    else:
+        named["norm"] = f"F.{norm.kind}_norm after the residual's addition"
+    if position.kind == "rope":
+        named["RoPE"] = "rope" if triton else "elementwise operators"
+    if attention.qk_norm:
+        apart = "rms_norm of q and of k" if triton else "F.rms_norm of q and of k"
+        named["QK-norm"] = "in RoPE's pass" if triton and position.kind == "rope" else apart
+    if model.mlp.gated:
+        named["MLP"] = model.mlp.kind if triton else f"F.{'silu' if model.mlp.kind == 'swiglu' else 'gelu'}(gate) · up"
+    else:
+        named["MLP"] = f"{model.mlp.kind} of PyTorch (no gate, so nothing to fuse)"
+    if triton:
+        named["loss"] = "linear_cross_entropy, never all logits"
+    elif device.type == "cpu":
+        named["loss"] = "linear cross-entropy in chunks that fit the cache, never all logits"
+    else:
+        named["loss"] = "F.cross_entropy of all logits"
+    return named
+
+
+def operators_text(model: ModelConfig, device: torch.device) -> str:
+    """The side that was chosen and why; below it, a line for each operator."""
+    side, why = ops.selected(device)
+    lines = (f"{'':13}{part:<11}{runs}" for part, runs in operators(model, device).items())
+    return "\n".join([f"{side} ({why})", *lines])
 
 
 def baselines_text(values: dict[str, Any]) -> str:

@@ -1,0 +1,83 @@
+"""What the plan says of the operators is what a training step then calls."""
+
+import importlib
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+from minillm import ops
+from minillm.commands.announce import operators
+from minillm.config import ModelConfig, from_dict
+from minillm.data.batch import Batch
+from minillm.model.transformer import Transformer
+from minillm.training.objectives import likelihood
+
+CPU = torch.device("cpu")
+TINY = {"layers": 1, "heads": 2, "dim": 16, "context": 8, "vocab_size": 11}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"attention": {"qk_norm": True}},
+    "gpt2": {"norm": {"kind": "layer", "bias": True}, "mlp": {"kind": "gelu"}, "position": {"kind": "learned"}},
+    "alibi": {
+        "norm": {"kind": "layer"},
+        "position": {"kind": "alibi"},
+        "mlp": {"kind": "geglu"},
+        "attention": {"qk_norm": True},
+    },
+}
+
+
+@pytest.fixture
+def called(monkeypatch) -> dict[str, list[dict[str, Any]]]:
+    """Kernels by name, with the options of each call; their references answer."""
+    calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
+
+    def kernel(file: str, name: str) -> Any:
+        answer = getattr(importlib.import_module(f"kernels.{file}"), f"{name}_reference")
+
+        def record(*args: Any, **options: Any) -> Any:
+            calls[name].append(options)
+            return answer(*args, **options)
+
+        return record
+
+    monkeypatch.setattr(ops, "_kernel", kernel)
+    monkeypatch.setattr(ops, "_choice", "triton")
+    return calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernels_that_are_named_are_called(name: str, called) -> None:
+    config = from_dict(ModelConfig, TINY | MODELS[name])
+    ids = torch.arange(16).view(2, 8) % 11
+    model = Transformer(config)
+    likelihood(model, Batch(ids=ids, targets=ids, samples=torch.arange(2))).backward()
+    said = operators(config, CPU)
+    norm = f"{config.norm.kind}_norm"
+    assert said["norm"].startswith(norm) and "same pass" in said["norm"]
+    assert sum(call.get("residual") is not None for call in called[norm]) == 3, (
+        "before attention, before the MLP, at the end"
+    )
+    expected = {"flash_attention", "linear_cross_entropy", norm}
+    assert said["attention"] == "flash_attention" and said["loss"].startswith("linear_cross_entropy")
+    assert ("RoPE" in said) == (config.position.kind == "rope")
+    if "RoPE" in said:
+        expected.add("rope")
+        fused = [call["q_weight"] is not None for call in called["rope"]]
+        assert fused == ["QK-norm" in said]
+    if said.get("QK-norm", "").startswith("rms_norm"):
+        expected.add("rms_norm")
+    if config.mlp.gated:
+        expected.add(said["MLP"])
+    assert set(called) == expected
+
+
+def test_a_cpu_says_why_it_is_not_the_usual_operator() -> None:
+    plain = from_dict(ModelConfig, TINY)
+    assert operators(plain, CPU)["attention"] == "F.scaled_dot_product_attention"
+    capped = operators(from_dict(ModelConfig, TINY | {"attention": {"softcap": 20.0}}), CPU)
+    assert capped["attention"].startswith("flash_attention_reference") and "no softcap" in capped["attention"]
+    windowed = operators(from_dict(ModelConfig, TINY | {"attention": {"window": 4}}), CPU)
+    assert "mask in memory" in windowed["attention"]
