@@ -4,7 +4,7 @@ import subprocess
 import sys
 from typing import Any, get_args
 
-from minillm.commands.finetune import last_result
+from minillm.commands.finetuning import last_result
 from minillm.commands.tasks import say
 from minillm.config import UserError
 from minillm.peft.config import Method

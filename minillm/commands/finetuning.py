@@ -1,0 +1,138 @@
+"""A finetuning whose options are read: its examples and task, the run itself, and what is said at its end."""
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minillm.commands.tasks import SHARE, data_hash, examples_of, json_ready, means_of, old_text, say, shown_metrics
+from minillm.config import Settings, UserError, from_dict
+from minillm.peft.config import MethodConfig
+from minillm.tasks.catalogue import TASKS
+from minillm.training.signals import Signals
+
+
+def _task(name: str, options: dict[str, Any]) -> Any:
+    """A task that has not seen data yet, with the options that it reads."""
+    if name == "classify":
+        return TASKS[name](weigh=options["class_weights"])
+    return TASKS[name](beta=options["beta"]) if name == "preference" else TASKS[name]()
+
+
+def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str, Any]:
+    """Examples, a task that knows them, head and means; `config` learns what they are.
+
+    Raises `UserError` where a resumed run's examples are not what they were.
+    """
+    section, shape = config["task"], opened.transformer.config
+    options, method = section["options"], from_dict(MethodConfig, config["method"], "method.")
+    task = _task(section["name"], options)
+    task.check(shape)
+    examples = examples_of(task, settings.source)
+    task.fit(examples)
+    if options["val"] is not None:
+        train, val = examples, examples_of(task, options["val"])
+    else:
+        train, val = task.hold_out(examples, SHARE, settings.seed)
+    digest = data_hash((train, val))
+    known = config.get("corpus", {}).get("hash")
+    if known not in (None, digest):
+        raise UserError(f"the examples of {settings.source} have changed since the run began; start a new one")
+    head = task.head(shape, options["pool"])
+    section.update(info=task.info(), head=None if head is None else asdict(head))
+    split = "by seed" if options["val"] is None else options["val"]
+    corpus = {"source": settings.source, "hash": digest, "documents": len(train) + len(val), "split": split}
+    config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
+    means = means_of(opened.tokenizer, shape, method)
+    old = old_text(opened, means)
+    parts = {"base": opened.transformer, "task": task, "means": means, "head": head, "train": train, "val": val}
+    return parts | {"old": old, "replay": options["replay"], "l2_start": options["l2_start"]}
+
+
+def run_prepared(prepared, settings: Settings, run: Path, config, trackers, signals: Signals, *, resume_from) -> int:
+    from minillm import preflight
+    from minillm.training.finetune import Finetuning, finetune
+    from minillm.training.loop import TrainingFailed
+    from minillm.training.plan import choose_dtype
+    from minillm.training.report import write_report
+
+    def micro_batch(model: Any, device: Any) -> int:
+        return preflight.micro_batch(settings, device=device, dtype=choose_dtype(settings, device))
+
+    options = config["task"]["options"]
+    work = Finetuning(
+        settings=settings,
+        run=run,
+        config=config,
+        method=from_dict(MethodConfig, config["method"], "method."),
+        epochs=options["epochs"],
+        balance=options["balance"],
+        layer_decay=options["layer_decay"],
+        micro_batch=micro_batch,
+        say=say,
+        log=trackers,
+        **prepared,
+    )
+    _tell_weights(work.task)
+    try:
+        done = finetune(work, signals, resume_from=resume_from)
+    except TrainingFailed as failure:
+        print(f"error: {failure}\nreport: {write_report(run)}", file=sys.stderr)
+        return 1
+    report = write_report(run)
+    if done.outcome.code == 0:
+        _conclude(run, config, done, report)
+    return done.outcome.code
+
+
+def _tell_weights(task: Any) -> None:
+    weights = getattr(task, "weights", None)
+    if weights is not None:
+        shown = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(task.labels.names, weights, strict=True))
+        say(f"weights   classes are unbalanced, so they count: {shown} (--class-weights off to switch off)")
+
+
+def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> None:
+    """The result on stdout and in result.json, and what to do next."""
+    from minillm.training.run import write_json
+
+    progress = done.outcome.progress
+    plan, adapter = config["plan"], run / "adapter" / "adapter_model.safetensors"
+    result = {
+        "task": config["task"]["name"], "method": config["method"]["method"], "metrics": json_ready(done.metrics),
+        "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds,
+        "trained_parameters": plan["trained_parameters"], "parameters": plan["parameters"],
+        "adapter_bytes": adapter.stat().st_size, "peak_bytes": _peak_bytes(),
+    }  # fmt: skip
+    write_json(run / "result.json", result)
+    print(
+        f"{done.outcome.reason} after {progress.step:,} steps, best at step {progress.best_step:,}; on validation data:"
+    )
+    print("\n".join(shown_metrics(done.metrics)))
+    name = config["task"]["name"]
+    use = {"chat": "chat", "preference": "chat", "lm": "generate"}.get(name, "predict")
+    more = {"generate": ' --prompt "…"', "predict": " --input FILE"}.get(use, "")
+    print(f"\nreport: {report}\n\nnext:\n  minillm {use} {run}{more}\n  minillm evaluate {run} --data FILE")
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def trackers_of(log: str | None) -> tuple[str, ...]:
+    from minillm.training.monitor import TRACKERS
+
+    names = tuple(name.strip() for name in log.split(",")) if log else ()
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--log {name}: there are {', '.join(TRACKERS)}")
+    return names
+
+
+def last_result(run: Path) -> dict[str, Any]:
+    """result.json of a finished run."""
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))
