@@ -2,7 +2,8 @@
 
 Weight decay falls on matrices and embeddings only: a norm's weight or a bias shrunk towards zero loses its meaning.
 Muon (Jordan et al. 2024) takes the matrices inside the blocks, whose update it makes orthogonal; embeddings, output
-matrix, norms and biases stay with AdamW.
+matrix, norms and biases stay with AdamW. So do the factors of LoRA and the bottlenecks of adapters: an orthogonal
+step in each factor is none of their product, and it is large even where a factor of zeros leaves no gradient but noise.
 """
 
 from collections.abc import Callable
@@ -20,10 +21,10 @@ def build_optimizers(
     """One optimizer, or two with Muon; only weights that require gradients are theirs.
 
     Args:
-        scale: factor of the learning rate by a parameter's name (layer-wise decay); Muon's share has none.
+        scale: factor of the learning rate by a parameter's name (layer-wise decay).
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if config.name == "muon" and p.ndim == 2 and ".blocks." in name]
+    hidden = [p for name, p in named if config.name == "muon" and p.ndim == 2 and _in_block(name)]
     taken = {id(p) for p in hidden}
     matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]
@@ -37,7 +38,10 @@ def build_optimizers(
     optimizers = [_build(config, groups)]
     if hidden:
         muon = torch.optim.Muon(
-            hidden,
+            [
+                {"params": [p for p in hidden if factors[id(p)] == factor], "lr": factor * config.muon_lr}
+                for factor in sorted({factors[id(p)] for p in hidden}, reverse=True)
+            ],
             lr=config.muon_lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
@@ -48,6 +52,11 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _in_block(name: str) -> bool:
+    """Whether it is a layer's own weight inside a block; what a method puts there is called otherwise."""
+    return ".blocks." in name and name.endswith(".weight")
 
 
 def _build(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:

@@ -5,6 +5,8 @@ import torch
 
 from minillm.config import OptimConfig
 from minillm.model.transformer import Transformer
+from minillm.peft.config import MethodConfig
+from minillm.peft.inject import inject
 from minillm.training.optim import add_penalties, build_optimizers, gradient_norm, set_learning_rate
 from tests.model.configs import small
 
@@ -66,6 +68,26 @@ def test_muon_takes_exactly_the_matrices_inside_blocks(shape: str) -> None:
     projections = {name for name in names.values() if ".blocks." in name and name.endswith("_proj.weight")}
     assert hidden == projections and projections
     assert rest == set(names.values()) - projections and "embedding.weight" in rest and "head.weight" in rest
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "adapter", "prefix"])
+def test_muon_leaves_what_a_method_puts_in_to_adamw(method: str) -> None:
+    net = inject(model(), MethodConfig(method=method)).model
+    (adamw,) = build_optimizers(net, OptimConfig(name="muon"))
+    held = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert type(adamw) is torch.optim.AdamW and held == {id(p) for p in net.parameters() if p.requires_grad}
+
+
+def test_each_layer_has_its_share_of_both_rates() -> None:
+    def scale(name: str) -> float:
+        return 0.5 if ".blocks.0." in name else 1.0
+
+    net = model()
+    optimizers = build_optimizers(net, OptimConfig(name="muon", lr=0.004, muon_lr=0.02), scale)
+    rates = {id(p): group["peak_lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, p in net.named_parameters():
+        peak = 0.02 if name.endswith("_proj.weight") else 0.004
+        assert rates[id(p)] == pytest.approx(scale(name) * peak), name
 
 
 def test_frozen_weights_are_nobodys() -> None:
