@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from minillm.commands.finetuning import prepare, run_prepared, trackers_of
+from minillm.commands.finetuning import begin_with, prepare, run_prepared, trackers_of
 from minillm.commands.tasks import TaskName, data_name, say
 from minillm.config import Kernels, OptimConfig, Settings, TrainConfig, UserError, from_dict
 from minillm.peft.config import Method, MethodConfig
@@ -19,6 +19,8 @@ from minillm.training.signals import Signals, Stopped
 
 RATES = {"full": 2e-4, "freeze": 5e-4, "lora": 1e-3, "adalora": 2e-3, "adapter": 1e-3, "prefix": 5e-3, "prompt": 1e-2}
 """Peak learning rate by method: what moves all weights moves them little, what moves few moves them far."""
+SCRATCH_RATE = 1e-3
+"""From random weights there is nothing to keep, and far to go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,9 @@ class Args:
     val: str | None = None
     """File of validation examples. None: a seeded tenth of the data is held out."""
     method: Method | Literal["all"] = "full"
-    """Which weights move; all: every method in turn, and a table."""
+    """Which weights move; all: every method in turn, the same model from scratch, and a table."""
+    from_scratch: bool = False
+    """full: begin with random weights in MODEL's shape, to see what its pretraining is worth."""
     out: str | None = None
     """Folder of the run. None: runs/<task>-<method>-<data>."""
     overwrite: bool = False
@@ -97,7 +101,7 @@ def main(argv: list[str]) -> int:
         try:
             if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
                 args = tyro.cli(Resume, prog="minillm finetune", description=__doc__, args=argv)
-                return resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
+                return _resume(args, signals)
             args = _parse(argv)
             if args.method == "all":
                 from minillm.commands.comparing import compare_methods
@@ -114,7 +118,8 @@ def _parse(argv: list[str]) -> Args:
     args = tyro.cli(Args, prog="minillm finetune", description=__doc__, args=argv)
     if any(arg == "--optim.lr" or arg.startswith("--optim.lr=") for arg in argv) or args.method == "all":
         return args
-    lr = RATES[args.method] / (10 if args.task == "preference" else 1)
+    rate = SCRATCH_RATE if args.from_scratch else RATES[args.method]
+    lr = rate / (10 if args.task == "preference" else 1)
     return dataclasses.replace(args, optim=dataclasses.replace(args.optim, lr=lr))
 
 
@@ -126,7 +131,6 @@ def _method(args: Args) -> MethodConfig:
 def _start(args: Args, signals: Signals) -> int:
     """A new run. What is wrong with model, data or options is said before its folder is made."""
     from minillm import ops
-    from minillm.loading import open_model
     from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
     from minillm.training.run import clear_run, new_run, write_json
@@ -137,10 +141,12 @@ def _start(args: Args, signals: Signals) -> int:
         raise UserError("--epochs must be positive, and --layer-decay above 0 and at most 1")
     if args.replay < 0 or args.l2_start < 0:
         raise UserError("--replay and --l2-start must not be negative")
+    if args.from_scratch and (args.method != "full" or args.task == "preference"):
+        raise UserError("--from-scratch trains every weight of a new model: it needs --method full, and no preference")
     method, trackers = _method(args), trackers_of(args.log)
     choose_device(args.device)
     ops.select(args.kernels)
-    opened = open_model(args.model)
+    opened = begin_with(args.model, args.seed if args.from_scratch else None)
     shape = opened.transformer.config
     settings = Settings(
         preset=f"{args.task}-{args.method}", source=args.data, steps=args.steps, minutes=args.minutes, seed=args.seed,
@@ -150,7 +156,7 @@ def _start(args: Args, signals: Signals) -> int:
     weigh = {"auto": None, "on": True, "off": False}[args.class_weights]
     options = {"class_weights": weigh, "beta": args.beta, "balance": args.balance, "pool": args.pool}
     options |= {"epochs": args.epochs, "layer_decay": args.layer_decay, "val": args.val}
-    options |= {"replay": args.replay, "l2_start": args.l2_start}
+    options |= {"replay": args.replay, "l2_start": args.l2_start, "from_scratch": args.from_scratch}
     base = {"path": str(opened.folder.resolve()), "model": str(args.model)}
     config = run_config(settings) | {"task": {"name": args.task, "options": options}, "base": base}
     config["method"] = asdict(method)
@@ -168,11 +174,20 @@ def _start(args: Args, signals: Signals) -> int:
         raise
 
 
+def _resume(args: Resume, signals: Signals) -> int:
+    from minillm.commands.comparing import is_comparison, resume_comparison
+
+    if is_comparison(Path(args.resume)):
+        if args.device or args.log or args.steps:
+            raise UserError(f"{args.resume} is a comparison of methods; it goes on with the options that it began with")
+        return resume_comparison(Path(args.resume), signals)
+    return resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
+
+
 def resume(
     folder: str, signals: Signals, *, device: str | None = None, log: str | None = None, steps: int | None = None
 ) -> int:
     """Goes on with a finetuning from its newest valid checkpoint, or from the start where there is none yet."""
-    from minillm.loading import open_model
     from minillm.training import checkpoint
     from minillm.training.run import read_config, read_metrics
 
@@ -182,7 +197,8 @@ def resume(
         raise UserError(f"{run} is no finetuning; go on with it: python train.py --resume {run}")
     settings = from_dict(Settings, config["settings"])
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
-    if ends and (steps is None or steps <= ends[-1]["step"]):
+    concluded = bool(ends) and (run / "result.json").exists()
+    if concluded and (steps is None or steps <= ends[-1]["step"]):
         say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
         return 0
     settings = dataclasses.replace(settings, device=device or settings.device)
@@ -192,5 +208,7 @@ def resume(
         raise UserError(f"{config['base']['path']}, which {run} began with, is gone; put it back to go on")
     newest = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}"))
     say(f"{run} goes on from {newest.name if newest is not None else 'the start: it has no checkpoint yet'}")
-    prepared = prepare(config, settings, open_model(config["base"]["path"]))
+    scratch = config["task"]["options"].get("from_scratch", False)
+    opened = begin_with(config["base"]["path"], settings.seed if scratch else None)
+    prepared = prepare(config, settings, opened)
     return run_prepared(prepared, settings, run, config, trackers_of(log), signals, resume_from=newest)

@@ -3,7 +3,7 @@
 import json
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,20 @@ def _task(name: str, options: dict[str, Any]) -> Any:
     if name == "classify":
         return TASKS[name](weigh=options["class_weights"])
     return TASKS[name](beta=options["beta"]) if name == "preference" else TASKS[name]()
+
+
+def begin_with(model: str | Path, scratch: int | None) -> Any:
+    """The model to finetune, opened; with `scratch`, a seed, one of its shape with random weights in its place."""
+    import torch
+
+    from minillm.loading import open_model
+    from minillm.model.transformer import Transformer
+
+    opened = open_model(model)
+    if scratch is None:
+        return opened
+    torch.manual_seed(scratch)
+    return replace(opened, model=Transformer(opened.transformer.config))
 
 
 def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str, Any]:
@@ -46,7 +60,7 @@ def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str
     corpus = {"source": settings.source, "hash": digest, "documents": len(train) + len(val), "split": split}
     config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
     means = means_of(opened.tokenizer, shape, method)
-    old = old_text(opened, means)
+    old = None if options.get("from_scratch") else old_text(opened, means)  # what was never learnt is not forgotten
     parts = {"base": opened.transformer, "task": task, "means": means, "head": head, "train": train, "val": val}
     return parts | {"old": old, "replay": options["replay"], "l2_start": options["l2_start"]}
 
@@ -118,7 +132,14 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> Non
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """The most memory that this process has held: on a GPU of its memory, else resident."""
+    import torch
+
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands ru_maxrss down from the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

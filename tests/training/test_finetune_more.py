@@ -75,27 +75,6 @@ def test_changed_data_is_no_way_to_go_on(encoder: Path, tmp_path: Path, capsys: 
     assert done.code == 2 and "have changed since the run began" in done.err
 
 
-def test_every_method_in_one_table(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each row is what the method's own run says, as its result.json has it."""
-    from minillm.commands.comparing import table, without
-
-    argv = ["m", "--method", "all", "--out=x", "--steps", "3"]
-    assert without(argv, "--method", "--out") == ["m", "--steps", "3"]
-    data = classify_file(tmp_path / "data.jsonl")
-    results = []
-    for method in ("full", "lora"):
-        run = tmp_path / method
-        argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 3, "--method", method, *FAST]
-        assert minillm(capsys, "finetune", encoder, *argv).code == 0
-        results.append(json.loads((run / "result.json").read_text()))
-    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in table(results, "macro_f1")]
-    assert rows[0] == ["method", "macro f1", "loss", "accuracy", "trained", "file", "peak memory", "time"]
-    for row, result in zip(rows[2:], results, strict=True):
-        assert row[0] == result["method"] and row[1] == f"{result['metrics']['macro_f1']:.4f}"
-        assert row[4].startswith(f"{result['trained_parameters']:,} (")
-    assert results[1]["adapter_bytes"] < results[0]["adapter_bytes"]
-
-
 @pytest.mark.parametrize(("task", "name"), [("classify", "accuracy"), ("tag", "entity_f1"), ("span-qa", "f1")])
 def test_a_bert_in_hugging_faces_format_learns_a_task(
     task: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
