@@ -97,8 +97,7 @@ def gpt2_pair(name: str) -> tuple[Transformer, Any]:
     ).eval()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
-        config, weights, _ = read_hf(folder)
-    return build(config, weights), peer
+        return build(read_hf(folder)), peer
 
 
 def ours(model: Transformer) -> Generator:

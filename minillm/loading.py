@@ -27,7 +27,9 @@ class Opened:
     tokenizer: Any
     folder: Path
     config: dict[str, Any]
-    """config.json of the checkpoint; {} for a folder in Hugging Face's format."""
+    """config.json of the checkpoint; of a folder in Hugging Face's format its task, where it has one."""
+    pooler: dict[str, Tensor] | None = None
+    """Weight and bias of BERT's pooler, where the model came with one: a classifier's head begins with it."""
 
     @property
     def transformer(self) -> Transformer:
@@ -54,10 +56,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Trans
 def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Opened:
     """As `load`, with the task's head where the model has one."""
     if is_hf(Path(path)):
-        from minillm.interop.hf import load_hf
+        from minillm.interop import hf
 
-        model, tokenizer = load_hf(path)
-        return Opened(model.to(device), tokenizer, Path(path), {})
+        found, tokenizer = hf.load_hf(path)
+        section = {} if found.task is None else {"task": found.task}
+        return Opened(hf.build(found).to(device), tokenizer, Path(path), section, found.pooler)
     folder = checkpoint.resolve(Path(path))
     config, shape, weights = checkpoint.load_config(folder), model_config(folder), checkpoint.load_weights(folder)
     try:
@@ -67,7 +70,15 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Opene
         raise DamagedFile(
             f"{folder}: weights and config.json do not fit: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return Opened(model.to(device).eval(), load_tokenizer(folder / "tokenizer"), folder, config)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    return Opened(model.to(device).eval(), tokenizer, folder, config, _pooler(model, config, folder))
+
+
+def _pooler(model: nn.Module, config: dict[str, Any], folder: Path) -> dict[str, Tensor] | None:
+    """That of a finetuned model's head, or the one that an import set aside."""
+    if isinstance(model, TaskModel):
+        return None if model.pooler is None else dict(model.pooler.state_dict())
+    return checkpoint.load_state(folder).get("pooler") if "imported" in config else None
 
 
 def _plain(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
@@ -83,7 +94,7 @@ def _finetuned(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Te
     model: nn.Module = Transformer(shape)
     if head is not None:
         model = TaskModel(model, HeadConfig(**head))
-    adapted = inject(model, method, extra=() if head is None else ("task_head",))
+    adapted = inject(model, method, extra=model.added if isinstance(model, TaskModel) else ())
     model.load_state_dict(weights)
     if method.method in ("lora", "adalora"):
         adapted.merge()

@@ -2,15 +2,15 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from minillm import __version__
 from minillm.config import UserError, to_dict
-from minillm.interop.hf import POOLER, check_vocabulary, is_hf, read_hf
-from minillm.interop.hf_tokenizer import HFTokenizer
+from minillm.interop.hf import build, is_hf, load_hf
+from minillm.peft.config import MethodConfig
 from minillm.training import checkpoint
 from minillm.training.run import new_run, write_json
 
@@ -33,21 +33,24 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{args.folder} is no folder; give one with config.json, model.safetensors and a tokenizer")
     if (args.folder / "config.json").is_file() and not is_hf(args.folder):
         raise UserError(f"{args.folder} is no model in Hugging Face's format: its config.json names no model_type")
-    config, weights, notes = read_hf(args.folder)
-    tokenizer = HFTokenizer.from_folder(args.folder)
-    check_vocabulary(tokenizer, config, args.folder)
+    found, tokenizer = load_hf(args.folder)
     run = new_run(str(args.out), args.out.name, overwrite=args.overwrite)
-    settings = {"format": 1, "settings": {"model": to_dict(config)}, "versions": {"minillm": __version__}}
-    settings["imported"] = {"from": str(args.folder), "notes": notes}
-    pooler = {name: weights.pop(name) for name in POOLER if name in weights}
+    settings = {"format": 1, "settings": {"model": to_dict(found.config)}, "versions": {"minillm": __version__}}
+    settings["imported"] = {"from": str(args.folder), "notes": found.notes}
+    if found.task is not None:
+        settings |= {"task": found.task, "method": asdict(MethodConfig())}
+    state = {} if found.pooler is None else {"pooler": found.pooler}
+    weights = build(found).state_dict()
     write_json(run / "config.json", settings)
     tokenizer.save(run / "tokenizer")
-    saved = checkpoint.save(run, 0, weights=weights, state=pooler, config=settings, tokenizer=run / "tokenizer", keep=1)
-    parameters = sum(weight.numel() for weight in weights.values())
-    for note in notes:
+    saved = checkpoint.save(run, 0, weights=weights, state=state, config=settings, tokenizer=run / "tokenizer", keep=1)
+    parameters = sum(weight.numel() for weight in found.weights.values())
+    for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json:
-        print(json.dumps({"run": str(run), "parameters": parameters, "shape": config.shape, "notes": notes}))
+        print(
+            json.dumps({"run": str(run), "parameters": parameters, "shape": found.config.shape, "notes": found.notes})
+        )
     else:
-        print(f"{saved}: {config.shape}, {parameters:,} parameters, vocabulary {config.vocab_size}")
+        print(f"{saved}: {found.config.shape}, {parameters:,} parameters, vocabulary {found.config.vocab_size}")
     return 0

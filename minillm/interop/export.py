@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minillm.config import ModelConfig, UserError
 from minillm.interop.families import FAMILIES, Family, in_head
-from minillm.interop.hf import build
+from minillm.interop.hf import HFModel, build
 from minillm.interop.hf_tokenizer import FILE, SETTINGS, TEMPLATE, HFTokenizer
 from minillm.interop.sentencepiece import tokenizer_json
 from minillm.interop.writing import architecture, family_of, has_head, write_config
@@ -67,7 +67,7 @@ def export(model: Transformer, tokenizer: Any, out: str | Path, *, chat_template
         _write_tokenizer(temporary, config, tokenizer, chat_template)
         notes = _notes(config, tokenizer)
         with _quiet():
-            _verify_logits(temporary, build(config, weights))
+            _verify_logits(temporary, build(HFModel(config, weights, [])))
             notes += _verify_ids(temporary, tokenizer)
         if out.exists():
             out.rmdir()

@@ -96,9 +96,14 @@ class Family:
                     yield from _module(theirs_prefix.format(i=i) + theirs, inside, how)
         yield from self.tensors
 
-    def plain_name(self, name: str) -> str:
-        """A name of a file in this table's spelling."""
-        name = name.removeprefix(self.prefix)
+    def plain_name(self, name: str, prefixes: tuple[str, ...]) -> str:
+        """A name of a file in this table's spelling.
+
+        Args:
+            prefixes: what a model with a head may put before the names of its body; as a rule the family's own.
+        """
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
         for pattern, replacement in self.renamed:
             name = re.sub(pattern, replacement, name)
         return name

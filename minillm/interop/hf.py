@@ -7,30 +7,46 @@ Transformers' within 1e-4. Whatever cannot be taken over is refused by its name.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.config import ModelConfig, UserError
 from minillm.interop.configs import Fields, read_config
 from minillm.interop.families import FAMILIES, Family, in_head
 from minillm.interop.folder import is_hf, read_json, read_tensors
+from minillm.interop.task_heads import TASK_HEADS, read_task
+from minillm.model.heads import HeadConfig, TaskModel
 from minillm.model.transformer import Transformer
 
-__all__ = ["POOLER", "is_hf", "load_hf", "read_hf"]
+__all__ = ["HFModel", "build", "is_hf", "load_hf", "read_hf"]
 
-POOLER = ("pooler.weight", "pooler.bias")
-"""Names under which `read_hf` hands on BERT's pooler, tanh(x[0] W' + b), [dim, dim] and [dim]: the Transformer has no
-such part; a classifier's head may begin with it."""
+_POOLER = ("pooler.weight", "pooler.bias")
 
 
-def read_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """A model's settings, its tensors in fp32 under our names, and notes: what differs here, a line each.
+@dataclass(frozen=True)
+class HFModel:
+    """A folder in Hugging Face's format, in our terms; tensors are fp32."""
 
-    The tensors are exactly those of `Transformer(config).state_dict()`, and BERT's pooler under `POOLER` where the
-    folder has one.
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    """Exactly those of `Transformer(config).state_dict()`."""
+    notes: list[str]
+    """What differs here, a line each."""
+    pooler: dict[str, Tensor] | None = None
+    """BERT's, tanh(x[0] W' + b): weight [dim, dim] and bias [dim]. No part of the Transformer; a classifier's head may
+    begin with it."""
+    task: dict[str, Any] | None = None
+    """Name, head and info of a finetuned model, as config.json of a run of ours has them."""
+    head: dict[str, Tensor] | None = None
+    """What its `TaskModel` has besides Transformer and pooler."""
+
+
+def read_hf(folder: str | Path) -> HFModel:
+    """A model's settings and tensors.
 
     Raises:
         UserError: no such folder; an architecture or option that is not supported; a tensor that is missing, surplus
@@ -42,32 +58,44 @@ def read_hf(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor], list[st
     family, fields = FAMILIES[name], Fields(values, str(folder / "config.json"))
     if "quantization_config" in values:
         raise UserError(f"{fields.where}: quantization_config is set; give the model in fp32, bf16 or fp16")
-    tensors = _plain(family, read_tensors(folder), folder, fields.notes)
-    lm = family.architectures[architecture] if architecture else any(map(in_head, tensors))
+    task, head = TASK_HEADS.get(architecture or ""), None
+    prefixes = (task.prefix, family.prefix) if task is not None and task.prefix else (family.prefix,)
+    tensors = _plain(family, read_tensors(folder), prefixes, folder, fields.notes)
+    lm = task is None and (family.architectures[architecture] if architecture else any(map(in_head, tensors)))
     tied = fields.flag("tie_word_embeddings", name in ("gpt2", "bert", "bart"))
+    section, head = (None, None) if task is None else read_task(task, fields, tensors)
     _settle(family, tensors, tied, folder)
     config = read_config(name, fields, tensors, lm=lm)
     weights = _to_ours(family, config, tensors, folder)
     if kinds := {str(x.dtype).removeprefix("torch.") for x in weights.values() if x.dtype != torch.float32}:
         fields.notes.append(f"weights in {', '.join(sorted(kinds))} were read as fp32")
-    return config, {name: tensor.float().contiguous() for name, tensor in weights.items()}, fields.notes
+    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    pooler = {name.removeprefix("pooler."): weights.pop(name) for name in _POOLER if name in weights}
+    if task is not None and task.pooler and not pooler:
+        raise UserError(f"{folder}: the tensor pooler.dense.weight is missing, which {architecture} asks for")
+    return HFModel(config, weights, fields.notes, pooler or None, section, head)
 
 
-def load_hf(folder: str | Path) -> tuple[Transformer, Any]:
-    """The model, ready to predict, and its tokenizer. Raises as `read_hf` and `HFTokenizer.from_folder` do."""
+def load_hf(folder: str | Path) -> tuple[HFModel, Any]:
+    """A model and its tokenizer, which fit each other. Raises as `read_hf` and `HFTokenizer.from_folder` do."""
     from minillm.interop.hf_tokenizer import HFTokenizer
 
-    config, weights, _ = read_hf(folder)
-    tokenizer = HFTokenizer.from_folder(folder)
-    check_vocabulary(tokenizer, config, Path(folder))
-    return build(config, weights), tokenizer
+    found, tokenizer = read_hf(folder), HFTokenizer.from_folder(folder)
+    check_vocabulary(tokenizer, found.config, Path(folder))
+    if found.task is not None:
+        check_layout(tokenizer, found.task["name"], Path(folder))
+    return found, tokenizer
 
 
-def build(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
-    """A Transformer in evaluation mode with these weights; a pooler among them is left out."""
+def build(found: HFModel) -> nn.Module:
+    """A `Transformer`, or a `TaskModel` around one, in evaluation mode."""
     with torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict({name: x for name, x in weights.items() if name not in POOLER}, assign=True)
+        transformer = Transformer(found.config)
+    transformer.load_state_dict(found.weights, assign=True)
+    if found.task is None or found.head is None:
+        return transformer.eval()
+    model = TaskModel(transformer, HeadConfig(**found.task["head"]), found.pooler)
+    model.load_state_dict(found.head, strict=False)
     return model.eval()
 
 
@@ -80,6 +108,21 @@ def check_vocabulary(tokenizer: Any, config: ModelConfig, folder: Path) -> None:
         )
 
 
+def check_layout(tokenizer: Any, task: str, folder: Path) -> None:
+    """Raises `UserError` where a finetuned model was given its texts with other tokens around them than rows here have.
+
+    Rows are `document, text, end`, and of a question and its context `document, question, end, context, end`.
+    """
+    pair = "a" if task == "span-qa" else None
+    begin, text, end = [tokenizer.document_id], tokenizer.encode("a"), [tokenizer.end_id]
+    expected = [*begin, *text, *end, *(text + end if pair else [])]
+    if tokenizer.wrap("a", pair) != expected:
+        raise UserError(
+            f"{folder}: the tokenizer does not put {tokenizer.pieces[begin[0]]} before and {tokenizer.pieces[end[0]]} "
+            "behind each text, as the rows of a finetuned model have it here; finetune the base model anew"
+        )
+
+
 def _family(values: dict[str, Any], folder: Path) -> tuple[str, str | None]:
     """(family, architecture); the latter None where config.json does not say."""
     where = folder / "config.json"
@@ -88,11 +131,11 @@ def _family(values: dict[str, Any], folder: Path) -> tuple[str, str | None]:
     listed = values.get("architectures") or []
     architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
     for name, family in FAMILIES.items():
-        if architecture in family.architectures:
+        if architecture in (*family.architectures, *(x for x, head in TASK_HEADS.items() if head.family == name)):
             if values.get("model_type", name) != name:
                 raise UserError(f"{where}: architecture {architecture} with model_type {values['model_type']}")
             return name, architecture
-    there = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    there = ", ".join([*(name for family in FAMILIES.values() for name in family.architectures), *TASK_HEADS])
     if architecture:
         raise UserError(f"{where}: the architecture {architecture[:60]} is not supported; there are {there}")
     if values.get("model_type") not in FAMILIES:
@@ -101,12 +144,14 @@ def _family(values: dict[str, Any], folder: Path) -> tuple[str, str | None]:
     return values["model_type"], None
 
 
-def _plain(family: Family, tensors: dict[str, Tensor], folder: Path, notes: list[str]) -> dict[str, Tensor]:
+def _plain(
+    family: Family, tensors: dict[str, Tensor], prefixes: tuple[str, ...], folder: Path, notes: list[str]
+) -> dict[str, Tensor]:
     """The tensors under the table's names, without what is no weight or has no place."""
     plain: dict[str, Tensor] = {}
     dropped = []
     for name, tensor in tensors.items():
-        known = family.plain_name(name)
+        known = family.plain_name(name, prefixes)
         if family.ignored and re.fullmatch(family.ignored, known):
             continue
         if family.dropped and re.fullmatch(family.dropped, known):
@@ -146,8 +191,8 @@ def _to_ours(family: Family, config: ModelConfig, tensors: dict[str, Tensor], fo
     """The family's table applied. Raises `UserError` naming the tensor that is missing, surplus or of a wrong shape."""
     with torch.device("meta"):
         expected = {name: tuple(x.shape) for name, x in Transformer(config).state_dict().items()}
-    if POOLER[0] in {ours for row in family.rows({}) for ours in row.ours} and "pooler.dense.weight" in tensors:
-        expected |= {POOLER[0]: (config.dim, config.dim), POOLER[1]: (config.dim,)}
+    if _POOLER[0] in {ours for row in family.rows({}) for ours in row.ours} and "pooler.dense.weight" in tensors:
+        expected |= {_POOLER[0]: (config.dim, config.dim), _POOLER[1]: (config.dim,)}
     left, weights = dict(tensors), {}
     for row in family.rows({"encoder": config.layers, "decoder": config.decoder_layers or config.layers}):
         if not all(name in expected for name in row.ours):

@@ -90,6 +90,10 @@ class HFTokenizer:
         encoded = self._model.encode_batch([_valid(text) for text in texts], add_special_tokens=False)
         return [self._checked(one.ids, text) for one, text in zip(encoded, texts, strict=True)]
 
+    def wrap(self, text: str, pair: str | None = None) -> list[int]:
+        """Ids with the special tokens around them that the file's own template asks for."""
+        return self._model.encode(_valid(text), pair).ids
+
     def _checked(self, ids: list[int], text: str) -> list[int]:
         if not self._control.isdisjoint(ids):
             i = next(i for i in ids if i in self._control)

@@ -21,12 +21,11 @@ from minillm.data.records import Record
 from minillm.data.sampling import class_weights
 from minillm.evaluation.classification import best_threshold, classification_scores, confusion, multilabel_scores
 from minillm.evaluation.regression import regression_scores
-from minillm.model.heads import HeadConfig
+from minillm.model.heads import HeadConfig, pooled_head
 from minillm.tasks.task import Means, Task, outputs
 from minillm.training.objectives import Objective, label_loss, labels_loss, number_loss
 
 UNBALANCED = 2.0
-POOLS = {"encoder": "mean", "decoder": "last", "encoder-decoder": "mean"}
 
 
 class Classify(Task):
@@ -69,7 +68,7 @@ class Classify(Task):
         return class_weights(np.array(self.counts)) if wanted and not self.labels.multi else None
 
     def head(self, config: ModelConfig, pool: str | None) -> HeadConfig:
-        return HeadConfig(outputs=len(self.labels.names), pool=pool or POOLS[config.shape])  # type: ignore[arg-type]
+        return pooled_head(len(self.labels.names), config, pool)
 
     def data(self, examples: Sequence[TextExample], means: Means, *, labelled: bool = True) -> TextData:
         targets = classify_targets(examples, self.labels) if labelled else None
@@ -169,7 +168,7 @@ class Regress(Task):
         self.scale = Scale(info["mean"], info["std"])
 
     def head(self, config: ModelConfig, pool: str | None) -> HeadConfig:
-        return HeadConfig(outputs=1, pool=pool or POOLS[config.shape])  # type: ignore[arg-type]
+        return pooled_head(1, config, pool)
 
     def data(self, examples: Sequence[TextExample], means: Means, *, labelled: bool = True) -> TextData:
         targets = self.scale.targets(examples) if labelled else None

@@ -4,7 +4,7 @@ model -> head -> method        examples -> data -> batches        settings -> op
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minillm import ops
 from minillm.config import DamagedFile, Settings, UserError
@@ -62,6 +62,8 @@ class Finetuning:
     micro_batch: Callable[[Transformer, torch.device], int]
     say: Callable[[str], None]
     log: tuple[str, ...] = ()
+    pooler: Mapping[str, Tensor] | None = None
+    """Weights of the pooler that came with the base, where it has one."""
     old: OldText | None = None
     """What the base was pretrained on, where its run folder still has it."""
     replay: float = 0.0
@@ -84,14 +86,14 @@ class Finetuned:
         return self.adapted.model
 
 
-def build_model(base: Transformer, head: HeadConfig | None) -> nn.Module:
+def build_model(base: Transformer, head: HeadConfig | None, pooler: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The base with a task's head on it, or as it is."""
-    return base if head is None else TaskModel(base, head)
+    return base if head is None else TaskModel(base, head, pooler)
 
 
 def put_in(model: nn.Module, method: MethodConfig) -> Adapted:
     """A method into a model that `build_model` made: its head is always trained."""
-    return inject(model, method, extra=("task_head",) if isinstance(model, TaskModel) else ())
+    return inject(model, method, extra=model.added if isinstance(model, TaskModel) else ())
 
 
 def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = None) -> Finetuned:
@@ -104,7 +106,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     base = work.base.to(device)
     remembered = None if work.old is None else work.old.loss(base, signals.poll, nullcontext)
     start = copy.deepcopy(base).eval().requires_grad_(False) if task.needs_start else None
-    adapted = put_in(build_model(base, work.head).to(device), work.method)
+    adapted = put_in(build_model(base, work.head, work.pooler).to(device), work.method)
     work.config["base"]["hash"] = adapted.base
     model = adapted.model
     for stack in (base.encoder, base.decoder):

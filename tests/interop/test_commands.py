@@ -7,7 +7,7 @@ import torch
 
 from minillm.commands import exporting, importing
 from minillm.config import DamagedFile, UserError, to_dict
-from minillm.interop.hf import POOLER, load_hf
+from minillm.interop.hf import build, load_hf
 from minillm.interop.hf_tokenizer import HFTokenizer
 from minillm.training import checkpoint
 from tests.interop.ours import model_of, tokenizer_of
@@ -28,15 +28,15 @@ def test_import_writes_a_checkpoint_that_opens(tmp_path, capsys):
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result["shape"] == "encoder" and result["parameters"] == sum(
-        x.numel() for x in load_hf(folder)[0].parameters()
+        x.numel() for x in build(load_hf(folder)[0]).parameters()
     )
     assert "attention_probs_dropout_prob is 0.1" in said.err
     saved = checkpoint.resolve(tmp_path / "run")
-    expected = load_hf(folder)[0].state_dict()
+    expected = load_hf(folder)[0].weights
     weights = checkpoint.load_weights(saved)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    assert checkpoint.load_state(saved).keys() == set(POOLER)
+    assert checkpoint.load_state(saved)["pooler"].keys() == {"weight", "bias"}
     assert HFTokenizer.load(saved / "tokenizer").hash == HFTokenizer.load(folder).hash
 
 

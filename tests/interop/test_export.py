@@ -51,8 +51,8 @@ def test_transformers_computes_the_same_and_it_comes_back(variant, bpe, tmp_path
         hf, mine = {"input_ids": source, "decoder_input_ids": ids}, {"source": source}
     elif family == "bert" and model.config.token_types:
         hf["token_type_ids"] = mine["token_types"] = types
-    config, weights, _ = read_hf(tmp_path / "out")
-    back = build(config, weights)
+    found = read_hf(tmp_path / "out")
+    config, back = found.config, build(found)
     with torch.no_grad():
         expected = model(ids, **mine) if has_head else model.states(ids, **mine)
         again = back(ids, **mine) if has_head else back.states(ids, **mine)
@@ -68,7 +68,7 @@ def test_what_needs_no_zeros_comes_back_with_the_same_config(bpe, tmp_path):
     for family in SHAPES:
         model = model_of(family, bpe.vocab_size)
         export(model, bpe, tmp_path / family)
-        back, _, _ = read_hf(tmp_path / family)
+        back = read_hf(tmp_path / family).config
         for name in SAME:
             assert getattr(back, name) == getattr(model.config, name), (family, name)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from minillm.config import DamagedFile, UserError
 from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling
-from minillm.interop.hf import POOLER, build, is_hf, read_hf
+from minillm.interop.hf import build, is_hf, read_hf
 from minillm.model.transformer import Transformer
 from tests.interop.theirs import LLAMA3, VARIANTS, V, make, name_of, output, save
 
@@ -21,8 +21,7 @@ LENGTHS = (9, 4, 6)
 
 
 def ours_of(folder) -> Transformer:
-    config, weights, _ = read_hf(folder)
-    return build(config, weights)
+    return build(read_hf(folder))
 
 
 def compute(model: Transformer, has_head: bool, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -82,11 +81,11 @@ def test_bart_padded_on_the_left_is_each_row_alone(tmp_path):
 
 def test_the_pooler_is_handed_on(tmp_path):
     theirs = make("bert", "BertModel")
-    config, weights, _ = read_hf(save(theirs, tmp_path))
+    found = read_hf(save(theirs, tmp_path))
     ids = torch.randint(3, V, (2, 7))
     with torch.no_grad():
-        states = build(config, weights).states(ids)
-        pooled = torch.tanh(states[:, 0] @ weights[POOLER[0]].T + weights[POOLER[1]])
+        states = build(found).states(ids)
+        pooled = torch.tanh(states[:, 0] @ found.pooler["weight"].T + found.pooler["bias"])
         assert (pooled - theirs(ids).pooler_output).abs().max() < TOLERANCE
     assert is_hf(tmp_path)
 
@@ -109,21 +108,21 @@ def test_cached_generation_is_theirs(family, tmp_path):
 
 def test_shards_half_precision_and_older_names(tmp_path):
     theirs = make("bert", "BertForPreTraining")
-    whole = read_hf(save(theirs, tmp_path / "whole"))[1]
+    whole = read_hf(save(theirs, tmp_path / "whole")).weights
     save(theirs, tmp_path / "sharded", max_shard_size="4KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    sharded = read_hf(tmp_path / "sharded")[1]
+    sharded = read_hf(tmp_path / "sharded").weights
     older = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma"): x for name, x in tensors_of(tmp_path / "whole").items()
     }
     older |= {"bert.embeddings.position_ids": torch.arange(32).unsqueeze(0)}
     rewrite(tmp_path / "whole", {name.replace("LayerNorm.bias", "LayerNorm.beta"): x for name, x in older.items()})
-    _, renamed, notes = read_hf(tmp_path / "whole")
+    renamed, notes = read_hf(tmp_path / "whole").weights, read_hf(tmp_path / "whole").notes
     assert whole.keys() == sharded.keys() == renamed.keys()
     assert all(torch.equal(whole[name], other[name]) for other in (sharded, renamed) for name in whole)
     assert any("cls.seq_relationship.bias" in note for note in notes)
     theirs.half().save_pretrained(tmp_path / "half")
-    _, half, notes = read_hf(tmp_path / "half")
+    half, notes = read_hf(tmp_path / "half").weights, read_hf(tmp_path / "half").notes
     assert all(x.dtype == torch.float32 and torch.equal(x, whole[name].half().float()) for name, x in half.items())
     assert any("float16 were read as fp32" in note for note in notes)
 
@@ -177,10 +176,10 @@ def test_what_we_do_not_compute_is_refused_by_name(family, architecture, changes
 
 def test_older_rope_settings_and_no_architecture(tmp_path):
     folder = save(make("llama", "LlamaForCausalLM", rope_parameters=LLAMA3), tmp_path)
-    expected = read_hf(folder)[0]
+    expected = read_hf(folder).config
     scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     set_config(folder, rope_parameters="absent", rope_theta=100.0, rope_scaling=scaling, architectures="absent")
-    assert read_hf(folder)[0] == expected and expected.position.scaling == "llama3"
+    assert read_hf(folder).config == expected and expected.position.scaling == "llama3"
 
 
 def test_tensors_of_a_hostile_or_broken_folder(tmp_path):

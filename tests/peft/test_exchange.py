@@ -66,9 +66,9 @@ def open_theirs(folder: Path) -> nn.Module:
 
 
 def open_ours(folder: Path) -> Transformer:
-    config, weights, _ = read_hf(folder)
-    model = Transformer(config)
-    model.load_state_dict(weights)
+    found = read_hf(folder)
+    model = Transformer(found.config)
+    model.load_state_dict(found.weights)
     return model.eval()
 
 
