@@ -63,10 +63,20 @@ class KVCache:
             self.memory[layer] = keys_and_values()
         return self.memory[layer]
 
+    def remember(self, other: "KVCache", rows: Tensor | slice = slice(None)) -> None:
+        """Takes over what `other` has read of the encoder's output, of these rows [B'] alone."""
+        self.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in other.memory.items()}
+        self.memory_segments = None if other.memory_segments is None else other.memory_segments[rows]
+
     def keep(self, rows: Tensor) -> None:
-        """Leaves only the rows [B'] named: those that have ended cost no more time."""
+        """Goes on with these rows [B'], in this order: those that have ended cost no more time, and one that several
+        go on from comes several times."""
         self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
         self.longest = int(self.lengths.max())
-        self.memory = {layer: (k[rows], v[rows]) for layer, (k, v) in self.memory.items()}
-        if self.memory_segments is not None:
-            self.memory_segments = self.memory_segments[rows]
+        self.remember(self, rows)
+
+    def put(self, rows: Tensor, other: "KVCache") -> None:
+        """Replaces the tokens of these rows [B'] by those of `other`, which has B' rows and no greater size."""
+        self.buffer[:, :, rows, :, : other.size] = other.buffer
+        self.lengths = self.lengths.index_copy(0, rows, other.lengths)
+        self.longest, self.ragged = int(self.lengths.max()), True

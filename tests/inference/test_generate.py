@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minillm.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig, UserError
-from minillm.inference.generate import generate, window_start
+from minillm.inference.generate import generate
+from minillm.inference.reader import window_start
 from minillm.inference.sampling import Sampling
 from minillm.model.transformer import Transformer
 
@@ -102,6 +103,17 @@ def test_beyond_the_context_it_goes_on_from_the_last_half(kind: str, shape: str)
             generate(model, prompts, sources=sources, max_new_tokens=25, sampling=GREEDY, use_cache=use_cache)
             == expected
         )
+
+
+def test_a_row_whose_window_moves_is_read_anew_alone() -> None:
+    model = model_of(context=8)
+    read: list[tuple[int, ...]] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape[:2])))
+    prompts = [[1, 2, 3], [4] * 8, [5] * 6]
+    texts = generate(model, prompts, max_new_tokens=4, sampling=GREEDY)
+    # the second row has 9 tokens in the second step and moves to its last 5, of which the newest is read with the others
+    assert read == [(3, 8), (1, 4), (3, 1), (3, 1), (1, 4), (3, 1)]
+    assert texts == [generate(model, [prompt], max_new_tokens=4, sampling=GREEDY)[0] for prompt in prompts]
 
 
 def test_the_source_is_encoded_once_even_where_the_window_moves() -> None:

@@ -57,7 +57,7 @@ def test_a_seed_gives_a_text_whatever_the_batch_and_the_cache(capsys, monkeypatc
     assert len({text["text"] for text in texts}) == 4
     assert objects(run(capsys, *argv, "--batch", "3")[0]) == texts
     with monkeypatch.context() as patch:
-        patch.setattr("minillm.inference.generate.KVCache", None)
+        patch.setattr("minillm.inference.reader.KVCache", None)
         assert objects(run(capsys, *argv, "--no-cache")[0]) == texts
     assert objects(run(capsys, *argv, "--seed", "8")[0]) != texts
     plain = run(capsys, *[argument for argument in argv if argument != "--json"])[0]

@@ -113,10 +113,12 @@ def test_the_network_can_be_left_behind() -> None:
     assert torch.equal(adapted.model(ids), before)
 
 
+@pytest.mark.parametrize("kind", ["rope", "learned"])
 @pytest.mark.parametrize("method", FRONTS)
-def test_generation_with_a_cache_is_that_without(method: str) -> None:
-    """Rows of different lengths that end at different times, across the jump of the window at the context's end."""
-    adapted = shaken(method, context=16)
+def test_generation_with_a_cache_is_that_without(method: str, kind: str) -> None:
+    """Rows of different lengths that end at different times, across the jump of the window at the context's end, of
+    which what stands in front has its share."""
+    adapted = shaken(method, context=16, position={"kind": kind})
     options: dict[str, Any] = {"max_new_tokens": 14, "sampling": Sampling(temperature=0.7), "seed": 5, "stop_ids": {3}}
     prompts = [[1, 2, 4], [5], [6, 7, 8, 9, 10, 11, 12, 13, 14]]
     cached = generate(adapted.model, prompts, **options)
