@@ -40,7 +40,7 @@ def opened_means(opened: Opened) -> Means:
 def old_text(opened: Opened, means: Means) -> OldText | None:
     """The text that the model was pretrained on, where its run folder holds it in shards."""
     folder = opened.folder.parent.parent / "data"
-    if not opened.config or not is_prepared(folder):
+    if "settings" not in opened.config or not is_prepared(folder):
         return None
     shards = open_shards(folder, tokenizer_hash=opened.tokenizer.hash, vocab_size=means.config.vocab_size)
     return OldText(shards.train, shards.val, means.plain_text, means.room)
