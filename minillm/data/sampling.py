@@ -5,6 +5,8 @@
 N examples, N_c of class c, C classes.
 """
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 
 from minillm.config import UserError
@@ -51,17 +53,27 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     return counts.sum() / (len(counts) * counts)
 
 
+Fold = tuple[np.ndarray, np.ndarray]
+"""(indices to train on, indices held out), both sorted."""
+
+
 def k_folds(
-    size: int, folds: int, *, seed: int, classes: np.ndarray | None = None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each fold (indices to train on, indices held out), both sorted; every example is held out once.
+    size: int, folds: int, *, seed: int, classes: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> list[Fold]:
+    """Every example is held out in one fold and trained on in all others.
 
     Args:
         classes: [size] with them every fold has, within one example, its share of each class.
+        groups: [size] numbers; examples of the same number are held out together, and count as one with the class of
+            their first.
 
     Raises:
-        UserError: fewer than two folds, or fewer examples than folds.
+        UserError: fewer than two folds, or fewer examples (or groups) than folds.
     """
+    if groups is not None:
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        parts = k_folds(len(first), folds, seed=seed, classes=None if classes is None else np.asarray(classes)[first])
+        return [(np.flatnonzero(np.isin(group, a)), np.flatnonzero(np.isin(group, b))) for a, b in parts]
     if not 2 <= folds <= size:
         raise UserError(f"{folds} folds of {size} examples cannot be made; choose 2 to {size} folds")
     mixed = order(np.arange(size), seed=seed, epoch=np.zeros(size), size=size)
@@ -72,13 +84,18 @@ def k_folds(
     return [(np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)) for fold in range(folds)]
 
 
-def hold_out(
-    size: int, *, seed: int, share: float = 0.1, classes: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(indices to train on, indices held out): a seeded share, at least one example on each side.
+def learnable(fold: Fold, names: Sequence[Collection[str]]) -> Fold:
+    """The fold without held-out examples that have a name which occurs nowhere in training: those are trained on.
 
-    Raises `UserError` for a single example, which cannot be on both sides.
+    Args:
+        names: [size] what each example can only be right about if training has it too: its labels.
     """
-    if size < 2:
-        raise UserError("one example cannot be divided; give more, or name validation data with --val")
-    return k_folds(size, min(max(2, round(1 / share)), size), seed=seed, classes=classes)[0]
+    train, held = fold
+    known = {name for i in train for name in names[i]}
+    stay = []
+    for i in held:
+        if known.issuperset(names[i]):
+            stay.append(i)
+        known.update(names[i])
+    stays = np.array(stay, np.int64)
+    return np.sort(np.concatenate([train, np.setdiff1d(held, stays)])), stays

@@ -24,7 +24,7 @@ from minillm.data.records import Record, numbered_lines, read_records, read_text
 from minillm.data.tasks import TaskTokenizer, source_of, text_batch
 
 _BLANKS = re.compile(r"[ \t]+")
-_PREFIXED = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
+_PREFIXED = re.compile(r"([BIESLU]-)(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,16 @@ def tag_set(examples: Sequence[TagExample]) -> Labels:
     if len(found) < 2:
         source = source_of([example.record for example in examples])
         raise UserError(f"{source}: every tag is {next(iter(found), None)!r}; a tagger needs two tags or more")
-    split = [match.groups() for tag in found if (match := _PREFIXED.fullmatch(tag))]
+    split = [parts for tag in found if len(parts := tag_parts(tag)) == 2]
     prefixes, types = {prefix for prefix, _ in split}, {kind for _, kind in split}
-    found |= {f"{prefix}-{kind}" for prefix in prefixes for kind in types}
+    found |= {prefix + kind for prefix in prefixes for kind in types}
     return Labels(tuple(sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[::-1], tag))))
+
+
+def tag_parts(tag: str) -> tuple[str, ...]:
+    """("B-", "X") of B-X, and a tag without a prefix as it is."""
+    match = _PREFIXED.fullmatch(tag)
+    return match.groups() if match else (tag,)
 
 
 class TagData:

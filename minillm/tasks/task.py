@@ -1,6 +1,6 @@
 """What all tasks have in common.
 
-    file -> examples -> fit (labels, scale) -> data -> batches      (minillm/data)
+    file -> examples -> hold_out -> fit (labels, scale) -> data -> batches      (minillm/data)
     model + batch -> loss                                           (minillm/training/objectives.py)
     model + data -> metrics, or answers                             (minillm/evaluation)
 
@@ -8,7 +8,7 @@ A task that is `fit` knows all that its answers need; `info` and `from_info` car
 B rows, T tokens, L outputs of a head.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from minillm.config import ModelConfig, UserError
 from minillm.data.batch import IGNORED, Batch
 from minillm.data.records import Record, read_records
-from minillm.data.sampling import hold_out
-from minillm.data.tasks import TaskData
+from minillm.data.sampling import k_folds, learnable
+from minillm.data.tasks import TaskData, source_of
 from minillm.model.heads import HeadConfig
 from minillm.training.objectives import Objective, counted, likelihood
 
@@ -78,10 +78,41 @@ class Task:
         """[N] by which held-out data is chosen in proportion, and batches are balanced. None: there are none."""
         return None
 
+    def names(self, example: Any) -> Collection[str]:
+        """What of an example's truth the model can only know from training examples that have it too: its labels."""
+        return ()
+
+    def given(self, example: Any) -> Hashable:
+        """What the model sees of an example: where two have the same, having learnt one is knowing the other."""
+        raise NotImplementedError
+
+    def folds(self, examples: Sequence[Any], count: int, seed: int) -> list[tuple[list[Any], list[Any]]]:
+        """`count` times (examples to train on, examples held out), with every class in proportion.
+
+        Each example is held out once, but for one that alone has a label: it is always trained on. Those of which the
+        model is given the same are held out together, unless too few differ for that.
+
+        Raises `UserError` where that leaves nothing to hold out.
+        """
+        number: dict[Hashable, int] = {}
+        groups = np.array([number.setdefault(self.given(example), len(number)) for example in examples])
+        classes, names = self.classes(examples), [self.names(example) for example in examples]
+        for together in [groups, None] if len(number) >= count else [None]:
+            parts = k_folds(len(examples), count, seed=seed, classes=classes, groups=together)
+            parts = [learnable(part, names) for part in parts]
+            if all(len(held) for _, held in parts):
+                return [([examples[i] for i in train], [examples[i] for i in held]) for train, held in parts]
+        source = source_of([example.record for example in examples])
+        raise UserError(
+            f"{source}: {len(examples)} examples cannot be divided so that every label occurs in training; "
+            "give more examples of each label, or name validation data with --val"
+        )
+
     def hold_out(self, examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-        """(examples to train on, a seeded share held out), with every class in proportion."""
-        train, val = hold_out(len(examples), share=share, seed=seed, classes=self.classes(examples))
-        return [examples[i] for i in train], [examples[i] for i in val]
+        """One of the folds: (examples to train on, a seeded share held out), one example or more on each side."""
+        if len(examples) < 2:
+            raise UserError("one example cannot be divided; give more, or name validation data with --val")
+        return self.folds(examples, min(max(2, round(1 / share)), len(examples)), seed)[0]
 
     def info(self) -> dict[str, Any]:
         """What `fit` found, as JSON."""

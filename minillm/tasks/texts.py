@@ -6,7 +6,7 @@ where one class has more than `UNBALANCED` times the examples of another, else e
 N examples, L labels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,12 @@ class Classify(Task):
     def classes(self, examples: Sequence[TextExample]) -> np.ndarray | None:
         labels = self.labels if self.labels.names else label_set(examples)
         return None if labels.multi else classify_targets(examples, labels)
+
+    def names(self, example: TextExample) -> tuple[str, ...]:
+        return example.names
+
+    def given(self, example: TextExample) -> Hashable:
+        return example.text, example.pair
 
     def info(self) -> dict[str, Any]:
         return {"labels": list(self.labels.names), "multi": self.labels.multi, "counts": self.counts}
@@ -160,6 +166,9 @@ class Regress(Task):
 
     def fit(self, examples: Sequence[TextExample]) -> None:
         self.scale = Scale.of(examples)
+
+    def given(self, example: TextExample) -> Hashable:
+        return example.text, example.pair
 
     def info(self) -> dict[str, Any]:
         return {"mean": self.scale.mean, "std": self.scale.std}

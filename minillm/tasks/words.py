@@ -1,6 +1,6 @@
 """Words that get a tag (`tag`), and stretches of a text that answer a question (`span-qa`)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from minillm.config import ModelConfig
 from minillm.data.labels import Labels
 from minillm.data.records import Record
 from minillm.data.spans import Answer, SpanData, SpanExample, read_spans, span_examples
-from minillm.data.tags import TagData, TagExample, read_tags, tag_examples, tag_set
+from minillm.data.tags import TagData, TagExample, read_tags, tag_examples, tag_parts, tag_set
 from minillm.evaluation.answers import answer_scores, best_null_threshold
 from minillm.evaluation.entities import entities, entity_scores
 from minillm.model.heads import HeadConfig
@@ -35,6 +35,12 @@ class Tag(Task):
 
     def fit(self, examples: Sequence[TagExample]) -> None:
         self.labels = tag_set(examples)
+
+    def names(self, example: TagExample) -> set[str]:
+        return {part for tag in example.tags or () for part in tag_parts(tag)}
+
+    def given(self, example: TagExample) -> Hashable:
+        return example.words
 
     def info(self) -> dict[str, Any]:
         return {"labels": list(self.labels.names)}
@@ -97,6 +103,9 @@ class SpanQA(Task):
 
     def fit(self, examples: Sequence[SpanExample]) -> None:
         self.unanswerable = any(not example.answers for example in examples)
+
+    def given(self, example: SpanExample) -> Hashable:
+        return example.question, example.context
 
     def info(self) -> dict[str, Any]:
         return {"unanswerable": self.unanswerable}

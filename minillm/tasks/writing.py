@@ -1,6 +1,7 @@
 """Texts that are written: `seq2seq`, `chat`, `lm` and `preference`, all through the model's own output matrix."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ class Seq2Seq(Task):
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[PairExample]:
         return read_pairs(records, labelled=labelled)
 
+    def given(self, example: PairExample) -> Hashable:
+        return example.source
+
     def data(self, examples: Sequence[PairExample], means: Means, *, labelled: bool = True) -> PairData:
         encoder_decoder = means.config.shape == "encoder-decoder"
         return PairData(examples, means.tokenizer, context=means.room, encoder_decoder=encoder_decoder)
@@ -134,6 +138,9 @@ class Chat(Task):
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[ChatExample]:
         return read_chat(records, labelled=labelled)
 
+    def given(self, example: ChatExample) -> Hashable:
+        return json.dumps(example.messages)
+
     def data(self, examples: Sequence[ChatExample], means: Means, *, labelled: bool = True) -> ChatData:
         encode = partial(means.encode_chat, means.tokenizer)
         return ChatData(examples, encode, pad_id=means.tokenizer.pad_id, context=means.room)
@@ -181,6 +188,9 @@ class Preference(Task):
 
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[Any]:
         return read_preferences(records) if labelled else read_chat(records, labelled=False)
+
+    def given(self, example: PreferenceExample) -> Hashable:
+        return json.dumps(example.prompt)
 
     def info(self) -> dict[str, Any]:
         return {"beta": self.beta}
@@ -230,6 +240,9 @@ class LM(Task):
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[TextDocument]:
         """Prompts to go on with, in the field "text" or "prompt"."""
         return [TextDocument(r, r.text("prompt" if "prompt" in r.fields else "text")) for r in records]
+
+    def given(self, example: TextDocument) -> Hashable:
+        return example.text
 
     def hold_out(self, examples: Sequence[TextDocument], share: float, seed: int) -> tuple[list, list]:
         """Of few documents the end of each."""

@@ -7,7 +7,7 @@ import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
 from minillm.config import UserError
-from minillm.data.sampling import balanced, class_weights, hold_out, k_folds, shuffled
+from minillm.data.sampling import balanced, class_weights, k_folds, learnable, shuffled
 
 CLASSES = np.array([0] * 3 + [2] * 40 + [5] * 17)
 
@@ -58,9 +58,24 @@ def test_every_example_is_held_out_once(classes: np.ndarray | None) -> None:
         k_folds(60, 61, seed=1)
 
 
-def test_a_tenth_is_held_out() -> None:
-    train, held = hold_out(200, seed=1)
-    assert len(held) == 20 and sorted([*train, *held]) == list(range(200))
-    assert [len(part) for part in hold_out(2, seed=1)] == [1, 1]
-    with pytest.raises(UserError, match="one example cannot be divided"):
-        hold_out(1, seed=1)
+def test_examples_of_one_group_are_held_out_together() -> None:
+    groups = np.arange(60) // 3  # 20 groups of three
+    folds = k_folds(60, 5, seed=1, groups=groups)
+    assert sorted(np.concatenate([held for _, held in folds]).tolist()) == list(range(60))
+    for train, held in folds:
+        assert len(held) == 12 and not set(groups[train]) & set(groups[held])
+    with pytest.raises(UserError, match="21 folds of 20"):
+        k_folds(60, 21, seed=1, groups=groups)
+
+
+def test_groups_are_spread_by_the_class_of_their_first() -> None:
+    groups, classes = np.repeat(np.arange(10), 2), np.repeat([0] * 8 + [1] * 2, 2)
+    for _, held in k_folds(20, 2, seed=1, classes=classes, groups=groups):
+        assert sorted(classes[held].tolist()) == [0] * 8 + [1] * 2
+
+
+def test_what_only_held_out_examples_have_is_learnt() -> None:
+    """The first of the two z and the only q are trained on; then the other z can be scored."""
+    names = [("a",), ("a", "b"), ("z",), ("b",), ("q", "a"), ("z", "a"), ()]
+    train, held = learnable((np.array([0, 1]), np.array([2, 3, 4, 5, 6])), names)
+    assert train.tolist() == [0, 1, 2, 4] and held.tolist() == [3, 5, 6]
