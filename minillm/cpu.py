@@ -9,6 +9,10 @@ M tokens, N features, V classes, C tokens of a chunk. With z the softcapped logi
 
     loss = s − (1 − ε) z_y − ε/V Σ z + ζ s²          ε label smoothing, ζ z-loss
     ∂loss/∂z = softmax(z) (1 + 2 ζ s) − (1 − ε) 1_y − ε/V,   and through z = c·tanh(x/c):  ∂z/∂x = 1 − (z/c)²
+
+In bf16, attention over few keys is two matrix products and a softmax: these run in bf16 instructions, which SDPA's CPU
+kernel does not use for its own products (forward and backward of 4,096 tokens, 4 heads of 64, one core of a Zen 5:
+at 256 keys 18 ms against 54, at 512 28 against 46, at 1,024 56 against 58).
 """
 
 import torch
@@ -16,6 +20,29 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**21
 """Logits held at once: 8 MB in fp32, about what two cores have of a shared cache."""
+
+PLAIN_ATTENTION = 512**2
+"""Most scores of a head for which writing them out beats SDPA; also what bounds the memory that they take."""
+
+
+def attends_plainly(q: Tensor, k: Tensor) -> bool:
+    """Whether `attention` is the faster way for q [B, H, T, D], k [B, H, S, D]."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= PLAIN_ATTENTION
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √D + bias) v for q [B, H, T, D], k, v [B, H, S, D] in bf16 -> [B, H, T, D].
+
+    Scores and probabilities are rounded to bf16, sums are in fp32: the error against fp64 is 1.7 to 1.9 times that of
+    SDPA in bf16.
+
+    Args:
+        bias: broadcast to [B, H, T, S], -inf where a query sees no key; no row may be all -inf.
+    """
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.mT)
+    if bias is not None:
+        scores = scores + bias
+    return torch.matmul(torch.softmax(scores, -1), v)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

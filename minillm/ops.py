@@ -162,14 +162,20 @@ def attention(
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     plain = sides is None and slopes is None and segments is None and lengths is None
-    if plain and (not causal or T in (1, S)):  # torch aligns the first query with the first key: the same only if T = S
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1)
+    on_cpu = cpu.attends_plainly(q, k)
+    causal_matters = causal and T > 1
+    if plain and on_cpu and not causal_matters:
+        return cpu.attention(q, k, v, None)
+    if plain and not on_cpu and (not causal_matters or T == S):  # torch aligns the first query with the first key
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal_matters)
     mask, empty = _mask(T, S, q.device, causal, sides, segments, lengths)
     if slopes is not None:
         at, keys = _places(T, S, q.device, lengths)
         bias = -slopes.view(1, -1, 1, 1) * (at - keys).abs().unsqueeze(1)
         mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    elif on_cpu:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    y = cpu.attention(q, k, v, mask) if on_cpu else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y if empty is None else y.masked_fill(empty, 0.0)
 
 

@@ -48,3 +48,36 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32():
         ours = cpu.linear_cross_entropy(hidden, weight, targets)
     assert ours.dtype == torch.float32
     assert 0 < abs(ours.item() / exact.item() - 1) < 2e-3  # rounded to bf16 once, not at every sum
+
+
+@pytest.mark.parametrize("case", ["full", "causal", "window", "documents", "slopes", "grouped"])
+def test_attention_in_bf16_and_its_gradients_are_close_to_fp64(case):
+    """No farther from the truth than twice what SDPA in bf16 is, whose only fault is rounding too."""
+    torch.manual_seed(1)
+    G = 2 if case == "grouped" else 4
+    exact = [torch.randn(2, h, 24, 16, dtype=torch.float64) for h in (4, G, G)]
+    options = {"causal": case != "full"}
+    if case == "window":
+        options["window"] = 7
+    if case == "slopes":
+        options["slopes"] = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    if case == "documents":
+        documents = torch.arange(24).expand(2, 24) // 10
+        options["segments"] = (documents, documents)
+    upstream = torch.randn(2, 4, 24, 16, dtype=torch.float64)
+
+    def run(dtype, plainly=True):
+        inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in exact]
+        if case == "slopes":
+            options["slopes"] = options["slopes"].to(dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            if not plainly:
+                patch.setattr(cpu, "PLAIN_ATTENTION", 0)
+            y = ops.attention(*inputs, **options)
+        return [y, *torch.autograd.grad(y, inputs, upstream.to(dtype))]
+
+    truth, sdpa, ours = run(torch.float64), run(torch.bfloat16, plainly=False), run(torch.bfloat16)
+    assert any((a != b).any() for a, b in zip(ours, sdpa, strict=True)), "the two are the same operator"
+    for right, usual, mine in zip(truth, sdpa, ours, strict=True):
+        assert (mine - right).norm() <= 2.5 * (usual - right).norm()
+        assert (mine - right).norm() < 0.02 * right.norm()
