@@ -13,8 +13,10 @@ import torch
 from minillm.commands import comparing
 from minillm.commands.comparing import SCRATCH, table, variants, without
 from minillm.loading import load
+from minillm.tasks.trivial import against_trivial, sentence
 from minillm.training.signals import Signals, Stopped
 from tests.finetuning import FAST, base, classify_file, minillm
+from tests.training.running import events
 
 
 @pytest.fixture(scope="module")
@@ -166,4 +168,33 @@ def test_the_table_shows_what_a_task_has() -> None:
         "metrics": {"loss": 1.5, "rouge_l": None}, "trained_parameters": 5, "parameters": 20,
         "adapter_bytes": 4096, "peak_bytes": 3 << 20, "seconds": 61.4,
     }  # fmt: skip
-    assert table({"full": result}, None)[-1] == "| full | 1.5000 | 5 (25.0%) | 4 KiB | 3 MiB | 61 s |"
+    assert table({"full": result}, "rouge_l")[-1] == "| full | 1.5000 | 5 (25.0%) | 4 KiB | 3 MiB | 61 s |"
+
+
+def test_the_last_line_says_whether_the_trivial_answer_is_beaten(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that was not moved predicts one class or nonsense; one that learnt is right."""
+    data = classify_file(tmp_path / "data.jsonl")
+    common = ["--task", "classify", "--data", data, *FAST]
+    for steps, lr, words in ((1, 1e-9, "It does NOT beat"), (60, 5e-3, "It beats")):
+        run = tmp_path / str(steps)
+        done = minillm(capsys, "finetune", encoder, *common, "--steps", steps, "--optim.lr", lr, "--out", run)
+        found = json.loads((run / "result.json").read_text())
+        against, baseline = found["against"], events(run, "baselines")[0]
+        assert (against["metric"], against["what"]) == ("macro_f1", baseline["trivial"])
+        assert against["trivial"] == baseline["macro_f1"] and against["value"] == found["metrics"]["macro_f1"]
+        assert f"{words} the trivial answer ({against['what']}: macro f1 {against['trivial']:.4f})" in done.out
+
+
+def test_what_has_no_trivial_answer_is_held_against_the_model_as_it_was() -> None:
+    lines = [{"event": "baselines", "trivial": ""}, {"split": "val", "step": 0, "loss": 2.0}, {"step": 1, "loss": 9.0}]
+    lines.append({"split": "val", "step": 2, "loss": 1.5})
+    found = against_trivial("chat", lines, {"loss": 1.25})
+    assert found == {"metric": "loss", "value": 1.25, "trivial": 2.0, "what": "the model as it was", "beaten": True}
+    assert sentence(found) == "It beats the trivial answer (the model as it was: loss 2.0000) by 0.7500, with 1.2500."
+    assert against_trivial("chat", lines, {})["value"] == 1.5
+    mean = [{"event": "baselines", "trivial": "always the mean", "rmse": 3.0, "pearson": None}, lines[1]]
+    worse = against_trivial("regress", mean, {"rmse": 3.5, "pearson": 0.1})
+    assert not worse["beaten"] and "does NOT beat the trivial answer (always the mean: rmse 3.0000)" in sentence(worse)
+    assert "nothing to hold" in sentence(against_trivial("seq2seq", lines, {"rouge_l": None}))

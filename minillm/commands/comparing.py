@@ -73,7 +73,7 @@ def resume_comparison(folder: Path, signals: Signals) -> int:
         return _stopped(folder, stopped.code)
     if not results:
         raise UserError("no method could be run; the lines above say why")
-    print("\n".join(table(results, TASKS[task]().watch)))
+    print("\n".join(table(results, TASKS[task].judged)))
     print("\nOn validation data, at each method's best step; peak memory is that of the method's own process.")
     return 0
 
@@ -120,10 +120,9 @@ def without(argv: list[str], *names: str) -> list[str]:
     return kept
 
 
-def table(results: dict[str, dict[str, Any]], watch: str | None) -> list[str]:
+def table(results: dict[str, dict[str, Any]], judged: str) -> list[str]:
     """Markdown: quality, trained parameters, file size, peak memory, time of each run by its name."""
-    first = [watch] if watch else []
-    names = first + [name for name in ("loss", "accuracy") if name not in first]
+    names = [judged] + [name for name in ("loss", "accuracy") if name != judged]
     names = [name for name in names if any(isinstance(r["metrics"].get(name), float) for r in results.values())]
     head = ["method", *(name.replace("_", " ") for name in names), "trained", "file", "peak memory", "time"]
     rows = [head, ["---"] * len(head)]

@@ -51,8 +51,9 @@ class Args:
     kernels: Kernels = "auto"
     log: str | None = None
     """Trackers besides metrics.jsonl, separated by commas: tb, wandb."""
-    pool: Literal["mean", "cls", "last"] | None = None
-    """classify, regress: which states the head reads. None: the last of a decoder, the mean of an encoder."""
+    pool: Literal["mean", "cls", "last", "pooler"] | None = None
+    """classify, regress: which states the head reads; pooler: the first, through a dense layer and tanh, as BERT's.
+    None: the last of a decoder, the pooler of a model that came with one, the mean of any other encoder."""
     class_weights: Literal["auto", "on", "off"] = "auto"
     """classify: rare classes weigh more. auto: where one has more than twice the examples of another."""
     balance: bool = False

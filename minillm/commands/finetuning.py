@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.commands.tasks import SHARE, data_hash, examples_of, json_ready, means_of, old_text, say, shown_metrics
+from minillm.commands.tasks import data_hash, examples_of, json_ready, means_of, old_text, say, shown_metrics
 from minillm.config import Settings, UserError, from_dict
 from minillm.peft.config import MethodConfig
 from minillm.tasks.catalogue import TASKS
+from minillm.tasks.division import divide, remarks
+from minillm.tasks.trivial import against_trivial, sentence
 from minillm.training.signals import Signals
 
 
@@ -44,25 +46,26 @@ def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str
     options, method = section["options"], from_dict(MethodConfig, config["method"], "method.")
     task = _task(section["name"], options)
     task.check(shape)
-    examples = examples_of(task, settings.source)
-    task.fit(examples)
-    if options["val"] is not None:
-        train, val = examples, examples_of(task, options["val"])
-    else:
-        train, val = task.hold_out(examples, SHARE, settings.seed)
-    digest = data_hash((train, val))
+    val = None if options["val"] is None else examples_of(task, options["val"])
+    examples, fold = examples_of(task, settings.source), options.get("fold")
+    parts = divide(task, examples, seed=settings.seed, val=val, fold=fold and (fold["number"], fold["of"]))
+    task.fit(parts.train)  # what is held out has no say in what labels there are, how often, or on which scale
+    digest = data_hash((parts.train, parts.val, parts.test))
     known = config.get("corpus", {}).get("hash")
     if known not in (None, digest):
         raise UserError(f"the examples of {settings.source} have changed since the run began; start a new one")
-    head = task.head(shape, options["pool"])
+    head = task.head(shape, options["pool"] or ("pooler" if opened.pooler else None))
     section.update(info=task.info(), head=None if head is None else asdict(head))
     split = "by seed" if options["val"] is None else options["val"]
-    corpus = {"source": settings.source, "hash": digest, "documents": len(train) + len(val), "split": split}
+    corpus = {"source": settings.source, "hash": digest, "documents": len(examples) + len(val or ()), "split": split}
     config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
     means = means_of(opened.tokenizer, shape, method)
     old = None if options.get("from_scratch") else old_text(opened, means)  # what was never learnt is not forgotten
-    parts = {"base": opened.transformer, "task": task, "means": means, "head": head, "train": train, "val": val}
-    return parts | {"old": old, "replay": options["replay"], "l2_start": options["l2_start"]}
+    for remark in remarks(task, parts):
+        say(f"note: {remark}")
+    pooler = None if options.get("from_scratch") else opened.pooler
+    found = {"base": opened.transformer, "task": task, "means": means, "head": head, "pooler": pooler, "old": old}
+    return found | {"parts": parts, "replay": options["replay"], "l2_start": options["l2_start"]}
 
 
 def run_prepared(prepared, settings: Settings, run: Path, config, trackers, signals: Signals, *, resume_from) -> int:
@@ -110,7 +113,7 @@ def _tell_weights(task: Any) -> None:
 
 def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> None:
     """The result on stdout and in result.json, and what to do next."""
-    from minillm.training.run import write_json
+    from minillm.training.run import read_metrics, write_json
 
     progress = done.outcome.progress
     plan, adapter = config["plan"], run / "adapter" / "adapter_model.safetensors"
@@ -120,11 +123,13 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> Non
         "trained_parameters": plan["trained_parameters"], "parameters": plan["parameters"],
         "adapter_bytes": adapter.stat().st_size, "peak_bytes": _peak_bytes(),
     }  # fmt: skip
+    result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
     write_json(run / "result.json", result)
     print(
         f"{done.outcome.reason} after {progress.step:,} steps, best at step {progress.best_step:,}; on validation data:"
     )
     print("\n".join(shown_metrics(done.metrics)))
+    print(sentence(result["against"]))
     name = config["task"]["name"]
     use = {"chat": "chat", "preference": "chat", "lm": "generate"}.get(name, "predict")
     more = {"generate": ' --prompt "…"', "predict": " --input FILE"}.get(use, "")

@@ -54,6 +54,8 @@ class Task:
     name: ClassVar[str]
     watch: ClassVar[str | None] = None
     """The metric that early stopping follows, higher is better. None: the validation loss."""
+    judged: ClassVar[str] = "loss"
+    """The metric in which it has to beat the trivial answer."""
     shapes: ClassVar[tuple[str, ...]] = ("decoder", "encoder", "encoder-decoder")
     """Which models it can be learnt by."""
 

@@ -31,7 +31,7 @@ UNBALANCED = 2.0
 class Classify(Task):
     """One of several classes, or with lists of labels any number of them."""
 
-    name, watch = "classify", "macro_f1"
+    name, watch, judged = "classify", "macro_f1", "macro_f1"
 
     def __init__(self, *, weigh: bool | None = None) -> None:
         self.weigh = weigh
@@ -156,7 +156,7 @@ class Classify(Task):
 class Regress(Task):
     """A number; learnt as (label − mean) / std of the training data."""
 
-    name = "regress"
+    name, judged = "regress", "rmse"
 
     def __init__(self) -> None:
         self.scale = Scale(0.0, 1.0)

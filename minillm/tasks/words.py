@@ -22,7 +22,7 @@ from minillm.training.objectives import Objective, label_loss, span_loss, span_s
 class Tag(Task):
     """A tag for each word, on its first piece."""
 
-    name, watch = "tag", "entity_f1"
+    name, watch, judged = "tag", "entity_f1", "entity_f1"
 
     def __init__(self) -> None:
         self.labels = Labels(())
@@ -89,7 +89,7 @@ class Tag(Task):
 class SpanQA(Task):
     """A stretch of the context that answers a question, or no answer."""
 
-    name, watch = "span-qa", "f1"
+    name, watch, judged = "span-qa", "f1", "f1"
 
     def __init__(self) -> None:
         self.unanswerable = False

@@ -73,7 +73,7 @@ def text_scores(model: nn.Module, data: Any, means: Means) -> dict[str, float]:
 class Seq2Seq(Task):
     """A text for a text; scored by what is written greedily."""
 
-    name, shapes = "seq2seq", ("decoder", "encoder-decoder")
+    name, judged, shapes = "seq2seq", "rouge_l", ("decoder", "encoder-decoder")
 
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[PairExample]:
         return read_pairs(records, labelled=labelled)
