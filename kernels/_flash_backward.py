@@ -39,10 +39,11 @@ def row_delta(
 def _weights(product, lse, position, s, q_id, kv_id, row, MASKED: tl.constexpr):
     """p of a tile, either way round, and the scores as `capped` gives them."""
     score = capped(product, row)
-    exponent = biased(score, position, s, row) * row.factor
+    exponent, factor = biased(score, position, s, row)
+    exponent *= factor
     if MASKED:  # before the power of 2, which a hidden score could make infinite
         exponent = tl.where(visible(position, s, q_id, kv_id, row), exponent, float("-inf"))
-    p = tl.exp2(exponent - lse * 1.4426950408889634)  # log2 e
+    p = tl.exp2(exponent - lse)
     return p, score
 
 
@@ -112,7 +113,7 @@ def by_keys(
         right,
         q_ids_ptr + b * T if q_ids_ptr is not None else None,
         kv_ids_ptr + b * S if kv_ids_ptr is not None else None,
-        tl.load(slopes_ptr + h) if slopes_ptr is not None else None,
+        tl.load(slopes_ptr + h) * 1.4426950408889634 if slopes_ptr is not None else None,  # log2 e
         scale,
         softcap,
         factor,
@@ -206,7 +207,7 @@ def by_queries(
         right,
         q_ids_ptr + b * T if q_ids_ptr is not None else None,
         kv_ids_ptr + b * S if kv_ids_ptr is not None else None,
-        tl.load(slopes_ptr + h) if slopes_ptr is not None else None,
+        tl.load(slopes_ptr + h) * 1.4426950408889634 if slopes_ptr is not None else None,  # log2 e
         scale,
         softcap,
         factor,

@@ -29,14 +29,14 @@ def _attend(
         s = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         k = tile(k_ptr, k_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        score = biased(capped(score, row), position, s, row)
+        score, factor = biased(capped(score, row), position, s, row)
         if MASKED:
             kv_id = tl.load(row.kv_ids + s, s < row.keys, other=0) if row.kv_ids is not None else 0
             score = tl.where(visible(position, s, q_id, kv_id, row), score, float("-inf"))
-        m_new = tl.maximum(m, tl.max(score, 1) * row.factor)
+        m_new = tl.maximum(m, tl.max(score, 1) * factor)
         # A row that has seen nothing yet is at -inf, and -inf - -inf would be NaN.
         origin = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = tl.exp2(score * row.factor - origin[:, None])
+        p = tl.exp2(score * factor - origin[:, None])
         shrink = tl.exp2(m - origin)
         total = total * shrink + tl.sum(p, 1)
         v = tile(v_ptr, v_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
@@ -54,7 +54,7 @@ def forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head. Writes out [B, T, H, D] and lse [B, H, T] (fp32, natural).
+    """One program: BLOCK_M queries of one head. Writes out [B, T, H, D] and lse [B, H, T] (fp32, in powers of 2).
 
     lse is +inf for rows that see nothing, so that the weights exp(s - lse) found again from it are 0.
     """
@@ -72,7 +72,7 @@ def forward(
         right,
         q_ids_ptr + b * T if q_ids_ptr is not None else None,
         kv_ids_ptr + b * S if kv_ids_ptr is not None else None,
-        tl.load(slopes_ptr + h) if slopes_ptr is not None else None,
+        tl.load(slopes_ptr + h) * 1.4426950408889634 if slopes_ptr is not None else None,  # log2 e
         scale,
         softcap,
         factor,
@@ -112,7 +112,7 @@ def forward(
     seen = (total != 0) & (t < queries)  # not `> 0`, which would hide a NaN
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc / total[:, None], 0.0)
-    lse = tl.where(seen, (m + tl.log2(total)) * 0.6931471805599453, float("inf"))  # ln 2: back from powers of 2
+    lse = tl.where(seen, m + tl.log2(total), float("inf"))
     tl.store(lse_ptr + (b * H + h) * T + t, lse, t < T)
     d = tl.arange(0, BLOCK_D)[None, :]
     out_at = ((b * T + t) * H + h)[:, None] * D + d

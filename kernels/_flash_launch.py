@@ -111,7 +111,7 @@ class Call:
         self.lengths = _ids(q_lengths), _ids(kv_lengths)
         self.segments = (_ids(q_ids), _ids(kv_ids)) if q_ids is not None else None
         self.slopes = slopes.float().contiguous() if slopes is not None else None
-        factor = math.log2(math.e) * (scale if softcap is None and slopes is None else 1.0)
+        factor = math.log2(math.e) * (scale if softcap is None else 1.0)
         self.numbers = scale, factor, softcap, left, right, self.H, self.G, self.T, self.S
         self.constants = head_constants(self.D, q.dtype)
 

@@ -32,10 +32,10 @@ class Row(NamedTuple):
     right: Any  # keys seen after it
     q_ids: Any  # -> [T] this row's segment ids
     kv_ids: Any  # -> [S]
-    slope: Any  # ALiBi's, of this head
+    slope: Any  # ALiBi's, of this head, in powers of 2: times log2 e
     scale: Any
     softcap: Any
-    factor: Any  # exp(score) is exp2(what `capped` and `biased` return · factor)
+    factor: Any  # exp(score) is exp2(what `capped` returns · factor)
 
 
 @jit
@@ -97,19 +97,23 @@ def tanh(x):
 
 @jit
 def capped(product, row):
-    """Scores after scale and softcap; the bare product where neither cap nor ALiBi needs it scaled before `factor`."""
+    """Scores after scale and softcap; without a cap the bare product, which `factor` scales."""
     if row.softcap is not None:
         product = row.softcap * tanh(product * (row.scale / row.softcap))
-    elif row.slope is not None:
-        product = product * row.scale
     return product
 
 
 @jit
 def biased(score, position, s, row):
+    """What `capped` returns, less ALiBi's bias, and the factor that makes it an argument of exp2.
+
+    With ALiBi that factor is 1: far from all its keys a row's scores are so large that one more rounding would show.
+    """
+    factor = row.factor
     if row.slope is not None:
-        score -= row.slope * tl.abs(position - s).to(tl.float32)
-    return score
+        score = score * row.factor - row.slope * tl.abs(position - s).to(tl.float32)
+        factor = 1.0
+    return score, factor
 
 
 @jit

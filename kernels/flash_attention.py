@@ -138,7 +138,10 @@ def _op(
     right: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> out [B, H, T, D], lse [B, H, T] fp32. `scale` > 0; causal is right = 0; deterministic is for the backward."""
+    """-> out [B, H, T, D], lse [B, H, T] = log2 Σ exp(score), fp32.
+
+    `scale` > 0; causal is right = 0; deterministic is for the backward.
+    """
     call = Call(q, k, slopes, q_ids, kv_ids, q_lengths, kv_lengths, scale, softcap, left, right)
     out, lse = _empty_outputs(q)
     q, k, v = rows(q), rows(k), rows(v)
