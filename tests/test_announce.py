@@ -2,6 +2,7 @@
 
 import importlib
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_the_kernels_that_are_named_are_called(name: str, called) -> None:
     ids = torch.arange(16).view(2, 8) % 11
     model = Transformer(config)
     likelihood(model, Batch(ids=ids, targets=ids, samples=torch.arange(2))).backward()
-    said = operators(config, CPU)
+    said = operators(config, CPU, "fp32")
     norm = f"{config.norm.kind}_norm"
     assert said["norm"].startswith(norm) and "same pass" in said["norm"]
     assert sum(call.get("residual") is not None for call in called[norm]) == 3, (
@@ -76,8 +77,10 @@ def test_the_kernels_that_are_named_are_called(name: str, called) -> None:
 
 def test_a_cpu_says_why_it_is_not_the_usual_operator() -> None:
     plain = from_dict(ModelConfig, TINY)
-    assert operators(plain, CPU)["attention"] == "F.scaled_dot_product_attention"
-    capped = operators(from_dict(ModelConfig, TINY | {"attention": {"softcap": 20.0}}), CPU)
+    assert operators(plain, CPU, "fp32")["attention"] == "F.scaled_dot_product_attention"
+    capped = operators(from_dict(ModelConfig, TINY | {"attention": {"softcap": 20.0}}), CPU, "fp32")
     assert capped["attention"].startswith("flash_attention_reference") and "no softcap" in capped["attention"]
-    windowed = operators(from_dict(ModelConfig, TINY | {"attention": {"window": 4}}), CPU)
+    windowed = operators(from_dict(ModelConfig, TINY | {"attention": {"window": 4}}), CPU, "fp32")
     assert "mask in memory" in windowed["attention"]
+    assert operators(plain, CPU, "bf16")["attention"].startswith("two products and a softmax")
+    assert operators(replace(plain, context=2048), CPU, "bf16")["attention"] == "F.scaled_dot_product_attention"

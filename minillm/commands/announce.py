@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from minillm import ops, preflight
+from minillm import cpu, ops, preflight
 from minillm.config import ModelConfig, Settings
 from minillm.training.plan import Plan
 from minillm.training.verdict import BASELINES
@@ -31,7 +31,7 @@ def plan_text(settings: Settings, plan: Plan, predicted: dict[str, Any], corpus:
         "model": f"{model.shape}, {predicted['parameters']:,} parameters: {model.layers} layers, {model.dim} wide, "
         f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size}",
         "device": f"{plan.device}{threads}, {plan.dtype}{compiled}",
-        "kernels": operators_text(model, torch.device(plan.device)),
+        "kernels": operators_text(model, torch.device(plan.device), plan.dtype),
         "memory": f"{predicted['predicted_bytes'] / 2**20:,.0f} MiB predicted, with {plan.micro_batch} of "
         f"{settings.train.batch} sequences at a time",
         "text": f"{corpus['train_bytes']:,} bytes = {corpus['train_tokens']:,} tokens to train on, "
@@ -43,13 +43,17 @@ def plan_text(settings: Settings, plan: Plan, predicted: dict[str, Any], corpus:
     return "\n".join(["plan", *(f"  {name:<9}{text}" for name, text in lines.items())])
 
 
-def operators(model: ModelConfig, device: torch.device) -> dict[str, str]:
+def operators(model: ModelConfig, device: torch.device, dtype: str) -> dict[str, str]:
     """What of a training step runs on which operator, and where it is not the usual one of its side, why."""
     triton = ops.selected(device)[0] == "triton"
     attention, norm, position = model.attention, model.norm, model.position
     named = {"attention": "flash_attention"} if triton else {"attention": "F.scaled_dot_product_attention"}
     if not triton and attention.softcap is not None:
         named["attention"] = "flash_attention_reference (F.scaled_dot_product_attention has no softcap)"
+    elif device.type == "cpu" and dtype == "bf16" and not triton and model.context**2 <= cpu.PLAIN_ATTENTION:
+        named["attention"] = (
+            "two products and a softmax (F.scaled_dot_product_attention does not use bf16 instructions)"
+        )
     elif not triton and (attention.window is not None or position.kind == "alibi"):
         named["attention"] += " with a mask in memory (it has no window and no ALiBi)"
     if triton:
@@ -74,10 +78,10 @@ def operators(model: ModelConfig, device: torch.device) -> dict[str, str]:
     return named
 
 
-def operators_text(model: ModelConfig, device: torch.device) -> str:
+def operators_text(model: ModelConfig, device: torch.device, dtype: str) -> str:
     """The side that was chosen and why; below it, a line for each operator."""
     side, why = ops.selected(device)
-    lines = (f"{'':13}{part:<11}{runs}" for part, runs in operators(model, device).items())
+    lines = (f"{'':13}{part:<11}{runs}" for part, runs in operators(model, device, dtype).items())
     return "\n".join([f"{side} ({why})", *lines])
 
 
