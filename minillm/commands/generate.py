@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from minillm.config import UserError
+from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import TextStream, stop_and_banned
@@ -30,8 +31,8 @@ class Args:
     input: Path | None = None
     """A file of prompts instead: .txt with one a line, or .jsonl with "prompt", "text" or "source"."""
     max_new_tokens: int = 128
-    temperature: float = 0.8
-    """0 is greedy: always the likeliest token."""
+    temperature: float | None = None
+    """0 is greedy: always the likeliest token. None: 0.8."""
     top_k: int | None = None
     """Only the k likeliest tokens."""
     top_p: float | None = None
@@ -40,6 +41,10 @@ class Args:
     """Only tokens at least so many times as likely as the likeliest."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that are already in the text become less likely."""
+    beams: int = 1
+    """Above 1: nothing is drawn, but the likeliest text searched for with so many side by side (beam search)."""
+    length_penalty: float = 1.0
+    """Of a beam search: its texts are compared by log p / length ** length_penalty."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """The text ends before this string; may be given several times."""
     seed: int = 0
@@ -58,32 +63,43 @@ class Args:
 
 def main(argv: list[str]) -> int:
     args = tyro.cli(Args, prog="minillm generate", description=__doc__, args=argv)
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
-    for name in ("num", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    sampling = _sampling(args)
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.num)]
-    streams_live = len(prompts) == 1 and not args.json and sys.stdout.isatty()
+    streams_live = len(prompts) == 1 and not args.json and args.beams == 1 and sys.stdout.isatty()
     device = choose_device(args.device).type
     model, tokenizer = load(args.model)
     model = _place(model, device, args.dtype)
     _warn_of_long_prompts(prompts, model, tokenizer)
 
     tokens, start = 0, time.perf_counter()
-    for first in range(0, len(prompts), args.batch):
-        part = prompts[first : first + args.batch]
+    rows = max(1, args.batch // args.beams)
+    for first in range(0, len(prompts), rows):
+        part = prompts[first : first + rows]
         texts = _continue(model, tokenizer, part, args, sampling, first, streams_live)
         tokens += sum(text.tokens for text in texts)
         for row, text in enumerate(texts, first):
             _print(text, row, args, alone=len(prompts) == 1, shown_already=streams_live)
     print(_speed(tokens, time.perf_counter() - start, model, args.cache), file=sys.stderr)
     return 0
+
+
+def _sampling(args: Args) -> Sampling:
+    """How tokens are drawn. Raises `UserError` for a number that makes no sense, or one that a beam search ignores."""
+    for name in ("num", "batch", "beams"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    draws = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+    given = [name for name, value in draws.items() if value is not None]
+    given += [name for name in ("repetition_penalty", "num") if getattr(args, name) != 1]
+    if args.beams > 1 and given:
+        other = given[0].replace("_", "-")
+        raise UserError(
+            f"--beams looks for the one likeliest text, --{other} is for texts that are drawn: give one only"
+        )
+    if args.beams == 1 and args.length_penalty != 1.0:
+        raise UserError("--length-penalty compares the texts of a beam search: give --beams too, or leave it out")
+    temperature = 0.8 if args.temperature is None else args.temperature
+    return Sampling(**{**draws, "temperature": temperature}, repetition_penalty=args.repetition_penalty)
 
 
 @dataclass
@@ -122,19 +138,20 @@ def _continue(
 
     if streams_live:
         print(texts[0].shown_prompt, end="", flush=True)
-    generate(
-        model,
-        [begin if reads_source else begin + ids for ids in encoded],
-        sources=[ids or begin for ids in encoded] if reads_source else None,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        seed=args.seed,
-        first_row=first_row,
-        stop_ids=stops,
-        banned_ids=banned,
-        on_token=on_token,
-        use_cache=args.cache,
-    )
+    read = [begin if reads_source else begin + ids for ids in encoded]
+    common: dict[str, Any] = {
+        "sources": [ids or begin for ids in encoded] if reads_source else None,
+        "max_new_tokens": args.max_new_tokens,
+        "stop_ids": stops,
+        "banned_ids": banned,
+        "use_cache": args.cache,
+    }
+    if args.beams > 1:
+        found = beam_search(model, read, beams=args.beams, length_penalty=args.length_penalty, **common)
+        for row, tokens in enumerate(found):
+            any(on_token(row, token) for token in tokens)  # up to a stop string
+    else:
+        generate(model, read, sampling=sampling, seed=args.seed, first_row=first_row, on_token=on_token, **common)
     for text in texts:
         rest = text.stream.flush()
         if streams_live:

@@ -9,6 +9,8 @@ import torch
 import tokenizer as tokenizers
 from minillm.commands import generate as command
 from minillm.config import ModelConfig, UserError
+from minillm.inference.beam import beam_search
+from minillm.inference.stream import stop_and_banned
 from minillm.model.transformer import Transformer
 
 TEXT = "the quick brown fox jumps over the lazy dog, 0123456789.\n" * 3
@@ -72,6 +74,27 @@ def test_a_stop_string_ends_the_text_before_it(capsys) -> None:
     assert cut["text"] == full[: full.index(stop)] and cut["ended"] == "stop" and cut["tokens"] < 20
 
 
+@pytest.mark.parametrize("shape", ["decoder", "encoder-decoder"])
+def test_a_beam_search_is_the_librarys(capsys, loaded, shape: str) -> None:
+    model = loaded(shape)
+    _, tokenizer = command.load("")
+    stops, banned = stop_and_banned(tokenizer, model.config)
+    read = [[tokenizer.document_id, *tokenizer.encode(text)] for text in ("the", "lazy dog")]
+    options = {"sources": None if shape == "decoder" else [ids[1:] for ids in read]}
+    wanted = beam_search(
+        model, read if shape == "decoder" else [ids[:1] for ids in read], beams=3, max_new_tokens=12,
+        length_penalty=0.5, stop_ids=stops, banned_ids=banned, **options,
+    )  # fmt: skip
+    argv = ["--prompt", "the", "--prompt", "lazy dog", "--beams", "3", "--length-penalty", "0.5", "--json"]
+    texts = objects(run(capsys, *argv, "--max-new-tokens", "12", "--batch", "4")[0])  # one prompt at a time
+    assert [text["text"] for text in texts] == [tokenizer.decode(ids) for ids in wanted]
+    if shape == "encoder-decoder":
+        return  # its text is too short to be cut
+    stop = texts[0]["text"][3:6]
+    cut = objects(run(capsys, *argv, "--max-new-tokens", "12", "--stop", stop)[0])[0]
+    assert cut["text"] == texts[0]["text"][:3] and cut["ended"] == "stop"
+
+
 def test_prompts_come_from_a_file(capsys, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("the fox\n\nlazy\r\n", encoding="utf-8")
@@ -126,6 +149,10 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path: Path, loaded) -> Non
         (["--prompt", "the", "--num", "0"], "--num must be at least 1, not 0"),
         (["--prompt", "the", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, not 0"),
         (["--prompt", "the", "--stop", ""], "a stop string must not be empty"),
+        (["--prompt", "the", "--beams", "0"], "--beams must be at least 1, not 0"),
+        (["--prompt", "the", "--beams", "2", "--top-p", "0.9"], "--beams looks for the one likeliest text, --top-p"),
+        (["--prompt", "the", "--beams", "2", "--temperature", "1"], "likeliest text, --temperature"),
+        (["--prompt", "the", "--length-penalty", "2"], "give --beams too"),
         (["--prompt", "über"], "the prompt 'über' cannot be encoded: character 'ü'"),
         (["--input", str(empty)], "a.txt is empty"),
         (["--input", str(latin)], "b.txt is not UTF-8 at byte 7"),
