@@ -48,7 +48,7 @@ def old_text(opened: Opened, means: Means) -> OldText | None:
 
 def examples_of(task: Task, data: str, *, seed: int = 0) -> list[Any]:
     """The examples of a file, or of the standard library; `stdlib-unbalanced` has one rare class."""
-    if data in ("stdlib", "stdlib-unbalanced") and task.name != "lm":
+    if data in ("stdlib", "stdlib-unbalanced"):
         return task.examples(stdlib_records(task.name, seed=seed, unbalanced=data != "stdlib"))
     return task.read(data)
 

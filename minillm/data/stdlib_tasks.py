@@ -7,6 +7,7 @@
     span-qa      what a function returns and raises, its first argument and its defaults; one in four is unanswerable
     chat         what a function does, and which arguments it takes
     preference   a function's own docstring before another one's
+    lm           docstrings: prose, where a model of the library has read code above all
 
 The records have the formats of files (see tasks.py), and are read by the same functions. They are the same for the same
 Python and seed. Pieces of one module stand on both sides of a split: what is measured is how well a task is learnt from
@@ -259,6 +260,14 @@ def _preference(all_of_them: tuple[Function, ...], generator: random.Random) -> 
             yield function, {"prompt": prompt, "chosen": function.docstring, "rejected": other.docstring}
 
 
+def _lm(all_of_them: tuple[Function, ...], generator: random.Random) -> Iterator[Cut]:
+    seen = set()
+    for function in generator.sample(all_of_them, len(all_of_them)):
+        if len(function.docstring) >= 15 and function.docstring not in seen:
+            seen.add(function.docstring)
+            yield function, {"text": function.docstring}
+
+
 def _documented(all_of_them: tuple[Function, ...], generator: random.Random) -> list[Function]:
     """Functions with a docstring of ordinary length, in random order."""
     mixed = generator.sample(all_of_them, len(all_of_them))
@@ -279,4 +288,5 @@ _TASKS: dict[str, Callable[[tuple[Function, ...], random.Random], Iterator[Cut]]
     "span-qa": _span_qa,
     "chat": _chat,
     "preference": _preference,
+    "lm": _lm,
 }

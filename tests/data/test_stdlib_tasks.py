@@ -141,8 +141,14 @@ def test_conversations_and_preferences_fit_a_short_context() -> None:
         assert example.chosen != example.rejected and len(example.prompt) == 1
 
 
+def test_prose_is_docstrings_each_once() -> None:
+    texts = [record.text("text") for record in stdlib_records("lm")]
+    known = {function.docstring for function in functions()}
+    assert len(set(texts)) == len(texts) == 3000 and min(map(len, texts)) >= 15 and set(texts) <= known
+
+
 def test_what_has_no_default_data() -> None:
-    with pytest.raises(UserError, match="no default data for lm; name a file with --data"):
-        stdlib_records("lm")
+    with pytest.raises(UserError, match="no default data for poetry; name a file with --data"):
+        stdlib_records("poetry")
     with pytest.raises(UserError, match="no default data for tag unbalanced"):
         stdlib_records("tag", unbalanced=True)
