@@ -9,8 +9,10 @@ import torch
 import tyro
 
 from minillm.commands.tasks import TaskName, examples_of, json_ready, opened_means, say, shown_metrics, task_of
+from minillm.config import UserError
 from minillm.loading import Opened, open_model
 from minillm.tasks.task import Task, batches, evaluating
+from minillm.tasks.writing import Seq2Seq
 from minillm.training.plan import choose_device
 
 
@@ -22,6 +24,8 @@ class Args:
     """File of examples with labels; stdlib: those cut from the standard library's source."""
     task: TaskName | None = None
     """None: what the model was finetuned for."""
+    beams: int = 1
+    """seq2seq: above 1, texts are written by a beam search with so many side by side; else greedily."""
     json: bool = False
     """One JSON object: task, examples, loss, and the task's metrics."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -32,6 +36,10 @@ def main(argv: list[str]) -> int:
     device = choose_device(args.device)
     opened = open_model(args.model, device=device)
     task = task_of(opened, args.task)
+    if args.beams != 1:
+        if not isinstance(task, Seq2Seq) or args.beams < 1:
+            raise UserError("--beams is for --task seq2seq, and at least 1")
+        task.beams = args.beams
     examples = examples_of(task, args.data)
     result: dict[str, Any] = {"task": task.name, "examples": len(examples)}
     result |= scores(opened, task, examples, device)

@@ -36,6 +36,8 @@ class Args:
     """Where texts are written."""
     temperature: float = 0.0
     """Where texts are written; 0 is greedy."""
+    beams: int = 1
+    """Where texts are written; above 1: the likeliest text that a search with so many side by side finds."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
@@ -48,8 +50,12 @@ def main(argv: list[str]) -> int:
     examples, means = inputs(task, args.input), opened_means(opened)
     options: dict[str, Any] = {}
     if task.name in WRITES:
+        if args.beams < 1 or (args.beams > 1 and args.temperature > 0):
+            raise UserError("--beams must be at least 1; above 1 nothing is drawn, so leave --temperature out")
         sampling = Sampling(temperature=args.temperature)
-        options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed}
+        options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed, "beams": args.beams}
+    elif args.beams != 1:
+        raise UserError(f"--beams is for tasks that write texts: {', '.join(WRITES)}; this model does {task.name}")
     for first in range(0, len(examples), PART):
         for answer in task.answers(opened.model, examples[first : first + PART], means, **options):
             print(json.dumps(answer, ensure_ascii=False), flush=True)

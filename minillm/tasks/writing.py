@@ -20,6 +20,7 @@ from minillm.data.seq2seq import PairData, PairExample, read_pairs
 from minillm.data.windows import FEW, TextDocument, WindowData, divide, read_documents
 from minillm.evaluation.language import language_scores
 from minillm.evaluation.translation import bleu, rouge_l
+from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
@@ -37,25 +38,30 @@ def write(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    beams: int = 1,
 ) -> list[str]:
-    """What the model goes on with behind each prompt; an encoder-decoder reads them with its encoder."""
+    """What the model goes on with behind each prompt; an encoder-decoder reads them with its encoder.
+
+    With several `beams` it is the likeliest text that a beam search finds, and nothing is drawn.
+    """
     stops, banned = stop_and_banned(means.tokenizer, means.config)
     encoder_decoder = means.config.shape == "encoder-decoder"
     banned |= set(means.tokenizer.sentinel_ids) if encoder_decoder else set()  # they are of pretraining alone
     texts: list[str] = []
-    for first in range(0, len(prompts), ROWS):
-        part = prompts[first : first + ROWS]
-        written = generate(
-            model,
-            [[means.tokenizer.document_id]] * len(part) if encoder_decoder else part,
-            sources=part if encoder_decoder else None,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            first_row=first,
-            stop_ids=stops,
-            banned_ids=banned,
-        )
+    rows = max(1, ROWS // beams)
+    for first in range(0, len(prompts), rows):
+        part = prompts[first : first + rows]
+        read = [[means.tokenizer.document_id]] * len(part) if encoder_decoder else part
+        common: dict[str, Any] = {
+            "sources": part if encoder_decoder else None,
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": stops,
+            "banned_ids": banned,
+        }
+        if beams > 1:
+            written = beam_search(model, read, beams=beams, **common)
+        else:
+            written = generate(model, read, sampling=sampling, seed=seed, first_row=first, **common)
         texts += [means.tokenizer.decode(ids) for ids in written]
     return texts
 
@@ -71,9 +77,11 @@ def text_scores(model: nn.Module, data: Any, means: Means) -> dict[str, float]:
 
 
 class Seq2Seq(Task):
-    """A text for a text; scored by what is written greedily."""
+    """A text for a text; scored by what is written greedily, or found by a beam search."""
 
     name, judged, shapes = "seq2seq", "rouge_l", ("decoder", "encoder-decoder")
+    beams = 1
+    """With which final metrics are written."""
 
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[PairExample]:
         return read_pairs(records, labelled=labelled)
@@ -89,7 +97,7 @@ class Seq2Seq(Task):
         self, model: nn.Module, data: PairData, means: Means, start: nn.Module | None
     ) -> dict[str, float]:
         longest = max(map(len, data.targets))
-        written = write(model, means, data.sources, max_new_tokens=longest)
+        written = write(model, means, data.sources, max_new_tokens=longest, beams=self.beams)
         targets = [example.target or "" for example in data.examples]
         return text_scores(model, data, means) | _overlap(written, targets)
 

@@ -111,7 +111,7 @@ def test_a_row_whose_window_moves_is_read_anew_alone() -> None:
     model.decoder.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape[:2])))
     prompts = [[1, 2, 3], [4] * 8, [5] * 6]
     texts = generate(model, prompts, max_new_tokens=4, sampling=GREEDY)
-    # the second row has 9 tokens in the second step and moves to its last 5; the newest of them is read with the others'
+    # in the second step the second row has 9 tokens and moves to its last 5, the newest of which joins the other rows'
     assert read == [(3, 8), (1, 4), (3, 1), (3, 1), (1, 4), (3, 1)]
     assert texts == [generate(model, [prompt], max_new_tokens=4, sampling=GREEDY)[0] for prompt in prompts]
 
