@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
@@ -89,6 +90,34 @@ def test_replies_are_those_of_greedy_generation(
     assert talk.code == 0 and talk.out == f"{first}\n{second}\n"
 
 
+def test_a_beam_search_writes_what_is_predicted_and_what_is_scored(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tuned(decoder, "seq2seq", tmp_path, capsys, steps=2)
+    model, tokenizer = load(run)
+    stops, banned = stop_and_banned(tokenizer, model.config)
+    asked = ["the fox is over", "rain"]
+    prompts = [[tokenizer.document_id, *tokenizer.encode(text), tokenizer.end_id] for text in asked]
+    found = beam_search(model, prompts, beams=3, max_new_tokens=7, stop_ids=stops, banned_ids=banned)
+    wanted = [tokenizer.decode(ids) for ids in found]
+    ask = lines(tmp_path / "ask.jsonl", [{"source": text} for text in asked])
+    argv = ["--input", ask, "--max-new-tokens", 7]
+    assert [row["target"] for row in rows(minillm(capsys, "predict", run, *argv, "--beams", 3).out)] == wanted
+    assert [row["target"] for row in rows(minillm(capsys, "predict", run, *argv).out)] != wanted
+
+    data = lines(tmp_path / "pairs.jsonl", [{"source": text, "target": "red fox"} for text in asked])
+
+    def searched(model: Any, prompts: list[list[int]], *, beams: int, **_: Any) -> list[list[int]]:
+        return [tokenizer.encode("red fox" if beams == 3 else "rain")] * len(prompts)
+
+    monkeypatch.setattr("minillm.tasks.writing.beam_search", searched)
+    scores = [
+        json.loads(minillm(capsys, "evaluate", run, "--data", data, "--json", *more).out)["rouge_l"]
+        for more in ([], ["--beams", 2], ["--beams", 3])
+    ]
+    assert scores[0] < 1 and scores[1:] == [0.0, 1.0]
+
+
 def test_a_long_conversation_forgets_its_oldest_turns(
     decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +175,8 @@ def test_a_plain_decoder_is_scored_as_a_language_model(
         ("evaluate", ["--task", "tag", "--data", "x.jsonl"], "no head for tag; finetune it first"),
         ("evaluate", ["--data", "x.jsonl"], "name one with --task"),
         ("predict", ["--task", "chat", "--input", "x.jsonl"], "x.jsonl does not exist"),
+        ("predict", ["--task", "chat", "--input", "x.jsonl", "--beams", "2", "--temperature", "1"], "nothing is drawn"),
+        ("evaluate", ["--task", "chat", "--data", "x.jsonl", "--beams", "2"], "--beams is for --task seq2seq"),
         ("embed", ["--input", "x.jsonl"], "x.jsonl does not exist"),
     ],
 )

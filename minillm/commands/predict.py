@@ -47,7 +47,6 @@ def main(argv: list[str]) -> int:
     device = choose_device(args.device)
     opened = open_model(args.model, device=device)
     task = task_of(opened, args.task)
-    examples, means = inputs(task, args.input), opened_means(opened)
     options: dict[str, Any] = {}
     if task.name in WRITES:
         if args.beams < 1 or (args.beams > 1 and args.temperature > 0):
@@ -56,6 +55,7 @@ def main(argv: list[str]) -> int:
         options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed, "beams": args.beams}
     elif args.beams != 1:
         raise UserError(f"--beams is for tasks that write texts: {', '.join(WRITES)}; this model does {task.name}")
+    examples, means = inputs(task, args.input), opened_means(opened)
     for first in range(0, len(examples), PART):
         for answer in task.answers(opened.model, examples[first : first + PART], means, **options):
             print(json.dumps(answer, ensure_ascii=False), flush=True)
