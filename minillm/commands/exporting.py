@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import tyro
 
+from minillm.config import UserError
 from minillm.interop.export import export
-from minillm.loading import load
+from minillm.loading import open_model
 from tokenizer.chat import JINJA_TEMPLATE
 
 
@@ -32,11 +33,21 @@ def main(argv: list[str]) -> int:
 
 
 def _hf(args: Args) -> None:
-    model, tokenizer = load(args.model)
-    notes = export(model, tokenizer, args.out, chat_template=template_of(tokenizer))
+    opened = open_model(args.model)
+    method = (opened.config.get("method") or {}).get("method")
+    if method in ("adapter", "prefix", "prompt"):
+        raise UserError(f"{args.model} was finetuned with method={method}, which no model of Transformers' computes")
+    section = opened.config.get("task") or {}
+    if section.get("head") is None:
+        section = None
+    notes = export(
+        opened.model, opened.tokenizer, args.out, task=section, pooler=opened.pooler,
+        chat_template=template_of(opened.tokenizer),
+    )  # fmt: skip
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{args.out}: opened with Transformers, and its logits and token ids are the model's")
+    outputs = "logits" if section is None else f"outputs for {section['name']}"
+    print(f"{args.out}: opened with Transformers, and its {outputs} and token ids are the model's")
 
 
 def template_of(tokenizer: Any) -> str | None:

@@ -191,7 +191,9 @@ def _to_ours(family: Family, config: ModelConfig, tensors: dict[str, Tensor], fo
     """The family's table applied. Raises `UserError` naming the tensor that is missing, surplus or of a wrong shape."""
     with torch.device("meta"):
         expected = {name: tuple(x.shape) for name, x in Transformer(config).state_dict().items()}
-    if _POOLER[0] in {ours for row in family.rows({}) for ours in row.ours} and "pooler.dense.weight" in tensors:
+    if _POOLER[0] in {ours for row in family.rows({}) for ours in row.ours} and any(
+        name.startswith("pooler.") for name in tensors
+    ):
         expected |= {_POOLER[0]: (config.dim, config.dim), _POOLER[1]: (config.dim,)}
     left, weights = dict(tensors), {}
     for row in family.rows({"encoder": config.layers, "decoder": config.decoder_layers or config.layers}):

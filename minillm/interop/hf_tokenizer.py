@@ -38,13 +38,14 @@ class HFTokenizer:
     sentinel_ids   for span corruption, the first span's first; most tokenizers have none
     special        name → id: unknown, pad, document, end, mask where there are such, and every other special token by
                    its spelling without the <| |> around it
+    content        tokenizer.json
     settings       tokenizer_config.json as it was read, with a chat template where there is one
     """
 
     def __init__(self, content: bytes, settings: Mapping[str, Any], roles: Mapping[str, int]) -> None:
         import tokenizers
 
-        self._file, self.settings, self.roles = content, dict(settings), dict(roles)
+        self.content, self.settings, self.roles = content, dict(settings), dict(roles)
         self._model = tokenizers.Tokenizer.from_str(content.decode())
         self._model.no_padding()
         self._model.no_truncation()
@@ -68,7 +69,7 @@ class HFTokenizer:
         self._control = {i for i, token in added.items() if token.special} - {self.roles.get("unknown")}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HFTokenizer, (self._file, self.settings, self.roles)
+        return HFTokenizer, (self.content, self.settings, self.roles)
 
     # Encoding and decoding
 
@@ -135,7 +136,7 @@ class HFTokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        return '"ByteLevel"' in json.dumps(json.loads(self._file).get("decoder"))
+        return '"ByteLevel"' in json.dumps(json.loads(self.content).get("decoder"))
 
     def _bytes_of(self, piece: str) -> bytes:
         if self._byte_level:
@@ -151,9 +152,9 @@ class HFTokenizer:
         """Writes tokenizer.json, tokenizer_config.json, and roles.json, which binds the two and names the roles."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_bytes(self._file)
+        (folder / FILE).write_bytes(self.content)
         (folder / SETTINGS).write_text(json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        about = {"format": _FORMAT, "roles": self.roles, "sha256": hashlib.sha256(self._file).hexdigest()}
+        about = {"format": _FORMAT, "roles": self.roles, "sha256": hashlib.sha256(self.content).hexdigest()}
         (folder / ROLES_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

@@ -10,7 +10,7 @@ _ACTIVATIONS = {
     "gelu": "gelu", "gelu-tanh": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu", "tanh": "tanh",
 }  # fmt: skip
 _GATES = {"swiglu": "silu", "geglu": "gelu"}
-_TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3", "bert": "BERT", "bart": "BART"}
+TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3", "bert": "BERT", "bart": "BART"}
 
 _PLAIN: dict[str, tuple[Any, ...]] = {"softcap": (None,), "attention.softcap": (None,)}
 _FULL_HEADS = {**_PLAIN, "attention.qk_norm": (False,), "attention.window": (None,), "mlp.kind": tuple(_ACTIVATIONS)}
@@ -89,16 +89,17 @@ def has_head(config: ModelConfig) -> bool:
     return config.shape != "encoder" or config.output_transform
 
 
-def write_config(config: ModelConfig, family: str, ids: dict[str, Any]) -> dict[str, Any]:
+def write_config(config: ModelConfig, family: str, name: str, ids: dict[str, Any]) -> dict[str, Any]:
     """config.json.
 
     Args:
+        name: of the architecture.
         ids: bos_token_id, eos_token_id, pad_token_id.
     """
     values = _WRITERS[family](config)
     tied = config.tied and not config.source_embedding
     shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": tied, "dtype": "float32", "use_cache": True}
-    return {"architectures": [architecture(config, family)], "model_type": family, **values, **shared, **ids}
+    return {"architectures": [name], "model_type": family, **values, **shared, **ids}
 
 
 def architecture(config: ModelConfig, family: str) -> str:
@@ -221,7 +222,7 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 
 def _refusal(family: str, path: str, value: Any, possible: str) -> UserError:
     return UserError(
-        f"model.{path}={_show(value)} cannot be written in Hugging Face's format: {_TITLES[family]}, the nearest "
+        f"model.{path}={_show(value)} cannot be written in Hugging Face's format: {TITLES[family]}, the nearest "
         f"family, has {possible}"
     )
 

@@ -157,6 +157,7 @@ def test_what_no_family_expresses_is_refused_by_name(family, changes, field, bpe
 
 def test_an_export_that_differs_leaves_nothing(bpe, tmp_path, monkeypatch):
     from minillm.interop import export as module
+    from minillm.interop import tokenizer_files
 
     model, right = model_of("llama", bpe.vocab_size), module.to_theirs
 
@@ -176,7 +177,7 @@ def test_an_export_that_differs_leaves_nothing(bpe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"does not open as LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
         export(model, bpe, tmp_path / "out")
     monkeypatch.setattr(module, "to_theirs", right)
-    monkeypatch.setattr(module, "tokenizer_json", lambda *_: module_json(tokenizer_of("bpe", 330)))
+    monkeypatch.setattr(tokenizer_files, "tokenizer_json", lambda *_: module_json(tokenizer_of("bpe", 330)))
     with pytest.raises(UserError, match=r"the exported tokenizer treats .* in another way"):
         export(model, bpe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
