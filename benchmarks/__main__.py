@@ -4,6 +4,7 @@ kernels      every Triton kernel against its peers; --codegen: what the compiler
 tune         finds the launch choices of this GPU and rewrites kernels/tuned/
 generation   tokens a second with and without KV cache, beside Transformers
 tokenizer    compression and speed of the tokenizer
+finetuning   every method of finetuning beside training from scratch, on sentences in three classes
 tables       writes the README's tables anew from the results
 """
 
@@ -49,6 +50,12 @@ def tokenizer(arguments: argparse.Namespace) -> int:
     return tokenizer.run(arguments.out, quick=arguments.quick)
 
 
+def finetuning(arguments: argparse.Namespace) -> int:
+    from benchmarks import finetuning
+
+    return finetuning.run(arguments.data, arguments.work, arguments.out, quick=arguments.quick)
+
+
 def tables(arguments: argparse.Namespace) -> int:
     from benchmarks import tables
 
@@ -83,6 +90,10 @@ def parser() -> argparse.ArgumentParser:
     added = command(generation, "tokens a second", quick="a tiny model, few tokens")
     added.add_argument("--model", metavar="MODEL", help="a preset's name or a MODEL folder (default: gpt2)")
     command(tokenizer, "compression, MB a second", quick="a small part of the corpus")
+    added = command(finetuning, "methods of finetuning", quick="two steps of each")
+    added.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of sst3-*.jsonl")
+    work = ROOT / "runs/finetuning"
+    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
     added = command(tables, "the README's tables", quick=None)
     added.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="the file to rewrite")
     added.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")

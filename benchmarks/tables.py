@@ -5,13 +5,14 @@ In the README a table stands between two markers, each on a line of its own; wha
     <!-- table:NAME -->
     <!-- /table -->
 
-NAME is codegen, kernels, generation or tokenizer. A table whose results do not exist says which command makes them.
+NAME is one of TABLES. A table whose results do not exist says which command makes them.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -156,21 +157,61 @@ def tokenizer(results: Path) -> str:
     return "\n\n".join(parts) or _missing("python -m benchmarks tokenizer")
 
 
+def finetuning(results: Path) -> str:
+    """A line for each method: scores on the test sentences, what moved, what it took."""
+    rows = _measured(records.load(results / "finetuning.json"))
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    if not rows:
+        return _missing("python -m benchmarks finetuning --data DIR")
+    body = []
+    for method in sorted(methods, key=lambda name: name != "majority"):
+        found, first = methods[method], methods[method][0]
+        scores = [_deviation([row["test"][name] for row in found]) for name in ("macro_f1", "accuracy")]
+        line = [method.replace("-", " "), *scores]
+        if "parameters" not in first:
+            body.append([*line, "–", "–", "–", "–"])
+            continue
+        share = first["trained_parameters"] / first["parameters"]
+        taken = [row["cpu_seconds"] for row in found if row["cpu_seconds"] is not None]
+        peak = max(row["peak_bytes"] for row in found) / 2**20
+        moved = f"{first['trained_parameters']:,} ({share:.1%})"
+        body.append([*line, moved, f"{first['adapter_bytes'] / 2**10:,.0f} KiB", f"{peak:,.0f} MiB", _mean(taken)])
+    header = ["method", "macro F1", "accuracy", "trained parameters", "file", "peak memory", "CPU seconds"]
+    seeds = {len(found) for found in methods.values()} - {1}
+    note = f"{rows[0]['examples']:,} test sentences; ± is the standard deviation over {max(seeds, default=1)} seeds, "
+    note += f"the others are one run each. {rows[-1]['device']}, one thread. {_versions(rows)}"
+    return markdown(header, body) + f"\n\n{note}"
+
+
+def _deviation(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):,.0f}" if values else "–"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "codegen": codegen,
     "kernels": kernels,
     "generation": generation,
     "tokenizer": tokenizer,
+    "finetuning": finetuning,
 }
 
 
 def _by_device(results: Path, name: str) -> Iterable[tuple[str, list[Row]]]:
     """(device, rows) of each result folder that has the file; rows of --quick runs only where there are no others."""
     for path in sorted(results.glob(f"*/{name}")):
-        rows = records.load(path)
-        rows = [row for row in rows if not row.get("quick")] or rows
-        if rows:
+        if rows := _measured(records.load(path)):
             yield rows[0]["device"], rows
+
+
+def _measured(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if not row.get("quick")] or rows
 
 
 def _versions(rows: Sequence[Row]) -> str:

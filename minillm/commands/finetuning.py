@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def run_prepared(prepared, settings: Settings, run: Path, config, trackers, sign
         return 1
     report = write_report(run)
     if done.outcome.code == 0:
-        _conclude(run, config, done, report)
+        _conclude(run, config, done, report, whole=resume_from is None)
     return done.outcome.code
 
 
@@ -111,8 +112,8 @@ def _tell_weights(task: Any) -> None:
         say(f"weights   classes are unbalanced, so they count: {shown} (--class-weights off to switch off)")
 
 
-def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> None:
-    """The result on stdout and in result.json, and what to do next."""
+def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, whole: bool) -> None:
+    """The result on stdout and in result.json, and what to do next; `whole`: this process ran it from the start."""
     from minillm.training.run import read_metrics, write_json
 
     progress = done.outcome.progress
@@ -122,6 +123,7 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path) -> Non
         "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds,
         "trained_parameters": plan["trained_parameters"], "parameters": plan["parameters"],
         "adapter_bytes": adapter.stat().st_size, "peak_bytes": _peak_bytes(),
+        "cpu_seconds": time.process_time() if whole else None,
     }  # fmt: skip
     result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
     write_json(run / "result.json", result)
