@@ -5,6 +5,7 @@ tune         finds the launch choices of this GPU and rewrites kernels/tuned/
 generation   tokens a second with and without KV cache, beside Transformers
 tokenizer    compression and speed of the tokenizer
 finetuning   every method of finetuning beside training from scratch, on sentences in three classes
+tasks        the default run of each task: its time, and what it beats
 tables       writes the README's tables anew from the results
 """
 
@@ -56,6 +57,14 @@ def finetuning(arguments: argparse.Namespace) -> int:
     return finetuning.run(arguments.data, arguments.work, arguments.out, quick=arguments.quick)
 
 
+def tasks(arguments: argparse.Namespace) -> int:
+    from benchmarks import tasks
+
+    bases = {"mlm-tiny": arguments.encoder, "default": arguments.decoder}
+    given = {preset: folder for preset, folder in bases.items() if folder is not None}
+    return tasks.run(arguments.task or [], given, arguments.work, arguments.out, quick=arguments.quick)
+
+
 def tables(arguments: argparse.Namespace) -> int:
     from benchmarks import tables
 
@@ -93,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
     added = command(finetuning, "methods of finetuning", quick="two steps of each")
     added.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of sst3-*.jsonl")
     work = ROOT / "runs/finetuning"
+    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
+    added = command(tasks, "the default run of each task", quick="two steps of each")
+    added.add_argument("--task", action="append", metavar="T", help="one task, may be repeated (default: all)")
+    added.add_argument("--encoder", type=Path, metavar="RUN", help="a run of mlm-tiny (default: pretrains one)")
+    added.add_argument("--decoder", type=Path, metavar="RUN", help="a run of default (default: pretrains one)")
+    work = ROOT / "runs/tasks"
     added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
     added = command(tables, "the README's tables", quick=None)
     added.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="the file to rewrite")

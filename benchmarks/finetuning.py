@@ -45,7 +45,8 @@ def run(data: Path, work: Path, out: Path, *, quick: bool) -> int:
     tune = [*TUNE, *(QUICK["tune"] if quick else [])]
     try:
         with Signals():
-            base = pretrained(files["train"], work, pretrain)
+            base = work / f"pretrained-{_short(pretrain)}"
+            pretrained(base, [*pretrain, "--data", str(sentences(files["train"], work))])
             _keep(path, majority(files["train"], files["test"]) | {"recipe": [], "quick": quick})
             options = [str(base), *tune, "--data", str(files["train"]), "--val", str(files["dev"])]
             for name, seed, argv in cases(options):
@@ -69,15 +70,19 @@ def cases(options: list[str]) -> Iterator[tuple[str, int, list[str]]]:
             yield name, seed, [*found[name], "--seed", str(seed)]
 
 
-def pretrained(train: Path, work: Path, options: list[str]) -> Path:
-    """The run of the encoder that has read the training sentences, finished."""
-    base, text = work / f"pretrained-{_short(options)}", work / "sentences.jsonl"
+def sentences(train: Path, work: Path) -> Path:
+    """A file of the training texts alone."""
+    text = work / "sentences.jsonl"
     work.mkdir(parents=True, exist_ok=True)
-    sentences = [json.loads(line)["text"] for line in train.read_text(encoding="utf-8").splitlines()]
-    text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences), encoding="utf-8")
+    found = [json.loads(line)["text"] for line in train.read_text(encoding="utf-8").splitlines()]
+    text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in found), encoding="utf-8")
+    return text
+
+
+def pretrained(base: Path, options: list[str]) -> None:
+    """Finishes the run `base` of `minillm train OPTIONS`, or begins it."""
     begun = (base / "config.json").is_file()
-    _minillm("train", *(["--resume", str(base)] if begun else [*options, "--data", str(text), "--out", str(base)]))
-    return base
+    minillm("train", *(["--resume", str(base)] if begun else [*options, "--out", str(base)]))
 
 
 def majority(train: Path, test: Path) -> Row:
@@ -98,7 +103,7 @@ def tuned(argv: list[str], folder: Path, test: Path) -> Row:
     if code := finish(argv, folder):
         raise ValueError(f"{folder} ended with exit code {code}")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    scores = json.loads(_minillm("evaluate", str(folder), "--data", str(test), "--json"))
+    scores = json.loads(minillm("evaluate", str(folder), "--data", str(test), "--json"))
     names = ("loss", "accuracy", "macro_f1")
     kept = ("steps", "best_step", "trained_parameters", "parameters", "adapter_bytes", "peak_bytes", "cpu_seconds")
     row = {"test": {n: scores[n] for n in names}, "dev": {n: result["metrics"][n] for n in names}}
@@ -110,12 +115,17 @@ def _short(recipe: list[Any]) -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
-def _minillm(*argv: str) -> str:
-    """stdout of a command. Raises ValueError where it fails."""
-    done = subprocess.run([sys.executable, "-m", "minillm.cli", *argv], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ValueError(f"minillm {argv[0]} ended with exit code {done.returncode}")
-    return done.stdout
+def minillm(*argv: str) -> str:
+    """stdout of a command in a process of its own, which is stopped with this one. Raises ValueError where it fails."""
+    with subprocess.Popen([sys.executable, "-m", "minillm.cli", *argv], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            shown, _ = process.communicate()
+        except Stopped:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise ValueError(f"minillm {argv[0]} ended with exit code {process.returncode}")
+    return shown
 
 
 def _done(path: Path, recipe: list[Any]) -> bool:

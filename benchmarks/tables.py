@@ -185,6 +185,23 @@ def finetuning(results: Path) -> str:
     return markdown(header, body) + f"\n\n{note}"
 
 
+def tasks(results: Path) -> str:
+    """A line for each task: its default run beside the trivial answer."""
+    rows = _measured(records.load(results / "tasks.json"))
+    if not rows:
+        return _missing("python -m benchmarks tasks")
+    body = []
+    for row in rows:
+        measure = f"{row['metric'].replace('_', ' ')} {row['value']:.3f}"
+        trivial = f"{row['trivial']:.3f} ({row['what']})"
+        time = f"{row['seconds'] / 60:.1f} min"
+        body.append([row["task"], f"`{row['base']}`", f"{row['examples']:,}", time, measure, trivial])
+    header = ["task", "base", "examples", "time", "it reaches", "the trivial answer"]
+    threads = max(row["threads"] for row in rows)
+    note = f"{rows[-1]['device']}, {threads} threads, load up to {max(row['load'] for row in rows)}. {_versions(rows)}"
+    return markdown(header, body) + f"\n\n{note}"
+
+
 def _deviation(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
@@ -200,6 +217,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "generation": generation,
     "tokenizer": tokenizer,
     "finetuning": finetuning,
+    "tasks": tasks,
 }
 
 

@@ -42,7 +42,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return json.dumps({"loss": 0.5, "accuracy": 0.5 + seed / 100, "macro_f1": 0.4, "examples": 4})
 
     monkeypatch.setattr(finetuning, "finish", finish)
-    monkeypatch.setattr(finetuning, "_minillm", minillm)
+    monkeypatch.setattr(finetuning, "minillm", minillm)
     return asked
 
 
