@@ -20,8 +20,6 @@ from minillm.training.keeping import OldText
 from tokenizer.chat import encode_chat
 
 TaskName = Literal["lm", "chat", "classify", "tag", "span-qa", "seq2seq", "regress", "preference"]
-SHARE = 0.1
-"""Of the examples that are held out where no validation data is named."""
 
 
 def means_of(tokenizer: Any, config: ModelConfig, method: MethodConfig | None = None) -> Means:

@@ -28,6 +28,8 @@ from minillm.training.objectives import Objective, counted, likelihood
 
 ROWS = 32
 """Rows of a batch where nothing is trained."""
+DISTINCT = 10
+"""Inputs a fold; with fewer, a fold of whole inputs would measure the luck of the draw."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ class Task:
         """`count` times (examples to train on, examples held out), with every class in proportion.
 
         Each example is held out once, but for one that alone has a label: it is always trained on. Those of which the
-        model is given the same are held out together, unless too few differ for that.
+        model is given the same are held out together, unless fewer than `DISTINCT` a fold differ.
 
         Raises `UserError` where that leaves nothing to hold out.
         """
         number: dict[Hashable, int] = {}
         groups = np.array([number.setdefault(self.given(example), len(number)) for example in examples])
         classes, names = self.classes(examples), [self.names(example) for example in examples]
-        for together in [groups, None] if len(number) >= count else [None]:
+        for together in [groups, None] if len(number) >= DISTINCT * count else [None]:
             parts = k_folds(len(examples), count, seed=seed, classes=classes, groups=together)
             parts = [learnable(part, names) for part in parts]
             if all(len(held) for _, held in parts):

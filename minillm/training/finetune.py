@@ -4,7 +4,7 @@ model -> head -> method        examples -> data -> batches        settings -> op
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -27,8 +27,8 @@ from minillm.peft.config import MethodConfig
 from minillm.peft.depth import layer_scale
 from minillm.peft.inject import Adapted, inject, summary
 from minillm.training.keeping import OldText, l2_to_start, with_replay
-from minillm.training.loop import Job, Outcome, train
-from minillm.training.objectives import Objective
+from minillm.training.loop import Job, Outcome, precision, train
+from minillm.training.objectives import Objective, evaluate
 from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, choose_device, cores, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
@@ -49,9 +49,8 @@ class Finetuning:
     """Its minillm.tasks.task.Means."""
     head: HeadConfig | None
     method: MethodConfig
-    train: Sequence[Any]
-    val: Sequence[Any]
-    """Examples."""
+    parts: Any
+    """The examples as a minillm.tasks.division.Division: train, val and, where a fold is held out, test."""
     config: dict[str, Any]
     """config.json as far as it is known; the plan is added."""
     epochs: float
@@ -79,7 +78,7 @@ class Finetuned:
     outcome: Outcome
     adapted: Adapted
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Of the best model on the validation data; empty where the run was stopped."""
+    """Of the best model on the examples that a fold holds out, else on the validation data; empty where stopped."""
 
     @property
     def model(self) -> nn.Module:
@@ -113,7 +112,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
         if stack is not None:
             stack.checkpoint_activations = settings.train.checkpoint_activations
 
-    data, held_out = task.data(work.train, means), task.data(work.val, means)
+    data, held_out = task.data(work.parts.train, means), task.data(work.parts.val, means)
     check_rows(settings.source, data, settings.train.batch)
     _tell(work, adapted, data, held_out)
     batch = _batches(work, data)
@@ -150,9 +149,10 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     )
     result = Finetuned(train(job, signals, log=work.log, resume_from=resume_from), adapted)
     if result.outcome.code == 0:
-        loss = result.outcome.progress.best_loss if settings.train.patience is not None else None
-        result.metrics = {} if loss is None else {"loss": loss}
-        result.metrics |= task.final_metrics(model, held_out, means, start)
+        scored = task.data(work.parts.test, means) if work.parts.test else held_out
+        rows = (part.to(device) for part in _in_order(scored))
+        loss = evaluate(model, rows, precision(plan), signals.poll, task.score(start), task.count).loss
+        result.metrics = {"loss": loss, **task.final_metrics(model, scored, means, start)}
         if work.old is not None:
             forgotten = work.old.loss(model, signals.poll, nullcontext)
             result.metrics |= {"old_loss_before": remembered, "old_loss_after": forgotten}
@@ -183,7 +183,7 @@ def _in_order(data: TaskData, rows: int = 32) -> Iterable[Batch]:
 def _batches(work: Finetuning, data: TaskData) -> Callable[[int], Batch]:
     """Step -> its rows, a pure function of the step."""
     rows, seed = work.settings.train.batch, work.settings.seed
-    classes = work.task.classes(work.train) if work.balance else None
+    classes = work.task.classes(work.parts.train) if work.balance else None
     if work.balance and classes is None:
         raise UserError("--balance needs a task in which each example has one class: --task classify")
 
@@ -238,7 +238,8 @@ def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData
     work.say(
         f"method    {work.method.method}: {trained:,} of {parameters:,} parameters move ({trained / parameters:.2%})"
     )
-    work.say(f"data      {len(work.train):,} examples to train on, {len(work.val):,} to validate")
+    test = f", {len(work.parts.test):,} held out" if work.parts.test else ""
+    work.say(f"data      {len(work.parts.train):,} examples to train on, {len(work.parts.val):,} to validate{test}")
     for name, part in (("training", data), ("validation", held_out)):
         if part.truncated or part.dropped:
             work.say(
@@ -251,7 +252,7 @@ def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData
 
 def _write_baseline(work: Finetuning) -> None:
     """The first line of metrics.jsonl: what the trivial answer reaches; a resumed run has it already."""
-    what, scores = work.task.baseline(work.train, work.val)
+    what, scores = work.task.baseline(work.parts.train, work.parts.test or work.parts.val)
     if what:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
         work.say(f"to beat   {what}: {shown}")
