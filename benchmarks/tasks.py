@@ -31,9 +31,11 @@ def run(tasks: list[str], bases: dict[str, Path], work: Path, out: Path, *, quic
     Args:
         bases: runs by their presets, of those that are pretrained already.
 
-    Raises ValueError where a command fails.
+    Raises ValueError for an unknown task, and where a command fails.
     """
     path = out / FILE
+    if unknown := [task for task in tasks if task not in BASES]:
+        raise ValueError(f"--task {unknown[0]}: there are {', '.join(BASES)}")
     try:
         with Signals():
             for task in tasks or BASES:
