@@ -128,6 +128,28 @@ class NormConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedrunConfig:
+    """What only the speed recipe uses (minillm/model/speedrun.py); such a model has no published format."""
+
+    ngrams: int = 0
+    """The longest run of tokens with an embedding of its own, by its hash; 4: pairs, triples and fours. 0: none."""
+    ngram_rows: int = 16384
+    """Rows of the table of each length."""
+    ngram_dim: int = 64
+    """Width of a table's rows."""
+    mix: bool = False
+    """Each block reads a · stream + b · embeddings, with a and b learned."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "speedrun.")
+        fits = self.ngrams == 0 or 2 <= self.ngrams <= 16
+        _require(fits, f"speedrun.ngrams must be 0, or 2 to 16, not {self.ngrams}")
+        for name in ("ngram_rows", "ngram_dim"):
+            value = getattr(self, name)
+            _require(1 <= value < 2**31, f"speedrun.{name} must be between 1 and 2³¹, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One Transformer: its shape, its sizes, its parts."""
 
@@ -163,13 +185,15 @@ class ModelConfig:
     """A bias on the logits (BERT, BART)."""
     softcap: float | None = None
     """Logits become softcap · tanh(logit / softcap)."""
-    init: Literal["normal", "xavier"] = "normal"
-    """normal: N(0, init_std), what ends a half-block divided by sqrt(2 · layers) (GPT-2); xavier: Glorot's uniform."""
+    init: Literal["normal", "xavier", "scaled"] = "normal"
+    """normal: N(0, init_std), what ends a half-block divided by sqrt(2 · layers) (GPT-2); xavier: Glorot's uniform;
+    scaled: by each matrix's width, what ends a half-block 0 (see model/initialize.py)."""
     init_std: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
     position: PositionConfig = field(default_factory=PositionConfig)
     norm: NormConfig = field(default_factory=NormConfig)
+    speedrun: SpeedrunConfig = field(default_factory=SpeedrunConfig)
 
     def __post_init__(self) -> None:
         _check_types(self, "model.")
@@ -206,6 +230,11 @@ class ModelConfig:
         _require(
             not self.source_embedding or self.shape == "encoder-decoder",
             f"model.source_embedding needs model.shape=encoder-decoder, not {self.shape}",
+        )
+        plain = not (self.speedrun.ngrams or self.speedrun.mix)
+        _require(
+            plain or (self.shape == "decoder" and self.norm.placement == "pre"),
+            "model.speedrun needs model.shape=decoder and norm.placement=pre",
         )
 
     @property
@@ -272,6 +301,11 @@ class OptimConfig:
     """muon: Muon for the matrices inside the blocks, AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate; with muon that of AdamW's share."""
+    embedding_lr: float | None = None
+    """Peak learning rate of what is looked up: embeddings of tokens, positions and n-grams. None: `lr`."""
+    transfer: bool = False
+    """`lr` is that of a model 256 wide: AdamW moves a matrix that is w wide by lr · 256 / w, so that one rate suits all
+    widths (muP, https://arxiv.org/abs/2203.03466); Muon's steps have the same size at any width."""
     muon_lr: float = 0.02
     weight_decay: float = 0.1
     """Decoupled, on matrices and embeddings only: norms and biases are left alone."""
@@ -297,8 +331,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "optim.")
-        for name in ("lr", "muon_lr", "eps"):
-            _require(0 < getattr(self, name) < math.inf, f"optim.{name} must be positive, not {getattr(self, name)}")
+        for name in ("lr", "embedding_lr", "muon_lr", "eps"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"optim.{name} must be positive, not {value}")
         for name in ("weight_decay", "l1", "l2"):
             _require(getattr(self, name) >= 0, f"optim.{name} must not be negative, not {getattr(self, name)}")
         for name in ("beta1", "beta2", "momentum"):

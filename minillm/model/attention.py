@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from minillm import ops
@@ -26,6 +25,7 @@ class View:
     memory: Tensor | None = None  # [B, S, dim] output of the encoder
     memory_segments: Tensor | None = None  # [B, S]
     cache: KVCache | None = None
+    embedded: Tensor | None = None  # [B, T, dim] what the first block was given
     prefix: Tensor | None = None  # [layers, 2, G, P, D] trained keys and values in front of the row's own
     prefix_segments: Tensor | None = None  # [P] with `segments`: the document that each of them belongs to
 
@@ -73,10 +73,10 @@ class Attention(nn.Module):
         return self.k_norm(self._split_heads(self.k_proj(source))), self._split_heads(self.v_proj(source))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", d=self.head_width)
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # [B, T, H D] -> [B, H, T, D]
 
     def _merge_heads(self, y: Tensor) -> Tensor:
-        return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
+        return self.out_proj(y.transpose(1, 2).flatten(-2))  # [B, H, T, D] -> [B, T, H D]
 
 
 class SelfAttention(Attention):

@@ -25,6 +25,7 @@ class KVCache:
         shape = (layers, 2, rows, config.key_value_heads, size, config.head_width)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # [B] keys in use
+        self.ids = torch.zeros(rows, size, dtype=torch.long, device=device)  # id + 1, for models that look at n-grams
         self.size, self.longest = size, 0  # `longest` bounds `lengths` from above without asking the device
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # block -> keys and values of the encoder's output
         self.memory_segments: Tensor | None = None  # [B, S] which of these are padding
@@ -47,6 +48,7 @@ class KVCache:
     def grow(self, tokens: int) -> None:
         """Makes room for so many more tokens a row."""
         self.buffer = torch.nn.functional.pad(self.buffer, (0, 0, 0, tokens))
+        self.ids = torch.nn.functional.pad(self.ids, (0, tokens))
         self.size += tokens
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +58,12 @@ class KVCache:
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))
         return keys[:, :, : self.longest], values[:, :, : self.longest]
+
+    def tokens_before(self, ids: Tensor, count: int) -> Tensor:
+        """As in speedrun.py, for new ids [B, T] whose predecessors are here: [count, B, T], id + 1, or 0 for none."""
+        self.ids.scatter_(1, self.at, ids + 1)
+        back = [self.at - i for i in range(1, count + 1)]
+        return torch.stack([self.ids.gather(1, at.clamp(min=0)) * (at >= 0) for at in back])
 
     def once(self, layer: int, keys_and_values: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Keys and values of the encoder's output, computed in the first step only."""
@@ -71,12 +79,13 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows [B'], in this order: those that have ended cost no more time, and one that several
         go on from comes several times."""
-        self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
+        self.buffer, self.lengths, self.ids = self.buffer[:, :, rows], self.lengths[rows], self.ids[rows]
         self.longest = int(self.lengths.max())
         self.remember(self, rows)
 
     def put(self, rows: Tensor, other: "KVCache") -> None:
         """Replaces the tokens of these rows [B'] by those of `other`, which has B' rows and no greater size."""
         self.buffer[:, :, rows, :, : other.size] = other.buffer
+        self.ids[rows, : other.size] = other.ids
         self.lengths = self.lengths.index_copy(0, rows, other.lengths)
         self.longest, self.ragged = int(self.lengths.max()), True

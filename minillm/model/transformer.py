@@ -6,6 +6,8 @@ B batch, T tokens, S source tokens (of the encoder, where there are two), V voca
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from minillm.model.initialize import initialize
 from minillm.model.mlp import ACTIVATIONS
 from minillm.model.norm import build_norm
 from minillm.model.position import build_position, document_positions
+from minillm.model.speedrun import MixingBlock, NgramEmbedding, tokens_before
 
 
 class Front(nn.Module):
@@ -53,10 +56,19 @@ class Stack(nn.Module):
         self.embedding_norm = build_norm(config.dim, config.norm) if config.norm.embedding else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.pre_norm = config.norm.placement == "pre"
-        block = PreNormBlock if self.pre_norm else PostNormBlock
+        block = (MixingBlock if config.speedrun.mix else PreNormBlock) if self.pre_norm else PostNormBlock
         self.blocks = nn.ModuleList(block(config, i, causal=causal, cross=cross) for i in range(layers))
         self.final_norm = build_norm(config.dim, config.norm) if self.pre_norm else None
         self.checkpoint_activations = False
+        self.compiled: Callable[..., Any] | None = None
+
+    def compile_blocks(self, compiled: Callable[..., Any] | None) -> None:
+        """Training goes through `compiled`, torch.compile's version of `call_block`; None: as written.
+
+        One compilation serves all blocks, since they differ in their weights alone: a fraction of what the compilation
+        of the whole model takes. Validation and generation, whose shapes differ, run as written.
+        """
+        self.compiled = compiled
 
     def forward(self, x: Tensor, at: Tensor, view: View) -> Tensor:
         """x [B, T, dim] token embeddings, at [T] or [B, T] their positions -> [B, T, dim]"""
@@ -65,20 +77,35 @@ class Stack(nn.Module):
             x, at = self.front(x, at, view)
         view.rotation, view.slopes = self.position.rotation(at), self.position.slopes(x.device)
         x = self.dropout(self.embedding_norm(self.position.add(x, at)))
+        view.embedded = x
         if not self.pre_norm:
             for block in self.blocks:
                 x = self._run(block, x, view)
             return x[:, x.shape[1] - T :]
-        new, stream = x, torch.zeros_like(x)
+        new, stream = torch.zeros_like(x, dtype=_product_dtype(x)), x
+        if self.compiled is not None:  # as all later blocks find it, so that one compilation serves them
+            new.requires_grad_(x.requires_grad)
         for block in self.blocks:
             new, stream = self._run(block, new, stream, view)
         x, _ = self.final_norm(new, stream)
         return x[:, x.shape[1] - T :]
 
     def _run(self, block: nn.Module, *inputs):
+        compiled = self.compiled if self.training and torch.is_grad_enabled() else None
+        call = call_block if compiled is None else compiled
         if self.checkpoint_activations and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return checkpoint(call, block, *inputs, use_reentrant=False)
+        return call(block, *inputs)
+
+
+def call_block(block: nn.Module, *inputs):
+    return block(*inputs)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer makes of x here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Head(nn.Module):
@@ -120,6 +147,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.source_embedding = nn.Embedding(config.vocab_size, config.dim) if config.source_embedding else None
         self.type_embedding = nn.Embedding(config.token_types, config.dim) if config.token_types else None
+        self.ngram_embedding = NgramEmbedding(config) if config.speedrun.ngrams else None
         has_encoder, has_decoder = config.shape != "decoder", config.shape != "encoder"
         self.encoder = Stack(config, config.layers, causal=False, cross=False) if has_encoder else None
         layers = config.decoder_layers or config.layers
@@ -174,6 +202,8 @@ class Transformer(nn.Module):
         x = self._embed(ids, token_types, self.embedding)
         view = View(segments=segments, memory=memory, memory_segments=source_segments, cache=cache)
         if cache is None:
+            if self.ngram_embedding is not None:
+                x = x + self.ngram_embedding(ids, tokens_before(ids, self.ngram_embedding.back, segments))
             return self.decoder(x, self._positions(ids, segments, self.decoder), view)
         if source_segments is None:
             view.memory_segments = cache.memory_segments
@@ -182,6 +212,8 @@ class Transformer(nn.Module):
             self.decoder.front.fill(cache, self.decoder, view)
         self._check_room(cache.longest + ids.shape[1])
         cache.begin(ids.shape[1], new)
+        if self.ngram_embedding is not None:
+            x = x + self.ngram_embedding(ids, cache.tokens_before(ids, self.ngram_embedding.back))
         return self.decoder(x, cache.at, view)
 
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
