@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from minillm.commands.start import known_start
 from minillm.commands.tasks import TaskName, examples_of, json_ready, opened_means, say, shown_metrics, task_of
 from minillm.config import UserError
 from minillm.loading import Opened, open_model
@@ -67,8 +68,8 @@ def scores(opened: Opened, task: Task, examples: list[Any], device: torch.device
 
 
 def start_of(opened: Opened, device: torch.device) -> torch.nn.Module:
-    """The model that a finetuning began with; of any other model itself."""
+    """The model that a finetuning began with; of any other model itself. Raises `UserError` where it has changed."""
     base = opened.config.get("base")
     if base is None:
         return opened.model
-    return open_model(base["path"], device=device).transformer
+    return open_model(known_start(base, opened.folder), device=device).transformer

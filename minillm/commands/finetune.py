@@ -11,7 +11,11 @@ from typing import Literal
 
 import tyro
 
+from minillm.commands.comparing import METHODS
 from minillm.commands.finetuning import begin_with, prepare, run_prepared, trackers_of
+from minillm.commands.folding import FOLDS, parse_fold
+from minillm.commands.series import Series, begin, go_on
+from minillm.commands.start import known_start, weights_hash
 from minillm.commands.tasks import TaskName, data_name, say
 from minillm.config import Kernels, OptimConfig, Settings, TrainConfig, UserError, from_dict
 from minillm.peft.config import Method, MethodConfig
@@ -37,6 +41,10 @@ class Args:
     """Which weights move; all: every method in turn, the same model from scratch, and a table."""
     from_scratch: bool = False
     """full: begin with random weights in MODEL's shape, to see what its pretraining is worth."""
+    folds: int | None = None
+    """Cross-validation: so many runs, each scored on another part of the data; mean ± standard deviation of them."""
+    fold: str | None = None
+    """One of those runs: 2/5 holds out the second of five parts, and scores it in the end."""
     out: str | None = None
     """Folder of the run. None: runs/<task>-<method>-<data>."""
     overwrite: bool = False
@@ -55,7 +63,11 @@ class Args:
     """classify, regress: which states the head reads; pooler: the first, through a dense layer and tanh, as BERT's.
     None: the last of a decoder, the pooler of a model that came with one, the mean of any other encoder."""
     class_weights: Literal["auto", "on", "off"] = "auto"
-    """classify: rare classes weigh more. auto: where one has more than twice the examples of another."""
+    """classify: rare classes weigh more. auto: where one has more than twice the examples of another, and --balance
+    does not make up for it."""
+    threshold: Literal["auto", "off"] = "auto"
+    """classify: the probability from which a label, or the rare one of two classes, is given. auto: the best one on
+    validation data; off: 0.5."""
     balance: bool = False
     """classify: batches have every class equally often."""
     beta: float = 0.1
@@ -104,11 +116,12 @@ def main(argv: list[str]) -> int:
                 args = tyro.cli(Resume, prog="minillm finetune", description=__doc__, args=argv)
                 return _resume(args, signals)
             args = _parse(argv)
-            if args.method == "all":
-                from minillm.commands.comparing import compare_methods
-
-                return compare_methods(args.task, argv, args.out, data_name(args.data), signals)
-            return _start(args, signals)
+            several = _several(args)
+            if several is None:
+                return _start(args, signals)
+            state = {"task": args.task, "argv": argv, "folds": args.folds}
+            name = f"{args.task}-{args.method}-{data_name(args.data)}" + (f"-{args.folds}-folds" if args.folds else "")
+            return begin(several, state, args.out, name, signals)
         except Stopped as stopped:
             say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
             return stopped.code
@@ -129,6 +142,17 @@ def _method(args: Args) -> MethodConfig:
     return MethodConfig(**values)
 
 
+def _several(args: Args) -> Series | None:
+    """What takes more than one run. Raises `UserError` for options that contradict each other."""
+    if args.folds is not None:
+        if args.method == "all" or args.fold is not None:
+            raise UserError("--folds goes with one --method, and without --fold")
+        if args.folds < 2:
+            raise UserError(f"--folds must be at least 2, not {args.folds}")
+        return FOLDS
+    return METHODS if args.method == "all" else None
+
+
 def _start(args: Args, signals: Signals) -> int:
     """A new run. What is wrong with model, data or options is said before its folder is made."""
     from minillm import ops
@@ -144,6 +168,8 @@ def _start(args: Args, signals: Signals) -> int:
         raise UserError("--replay and --l2-start must not be negative")
     if args.from_scratch and (args.method != "full" or args.task == "preference"):
         raise UserError("--from-scratch trains every weight of a new model: it needs --method full, and no preference")
+    if args.balance and args.class_weights == "on":
+        raise UserError("--balance and --class-weights on would make up for rare classes twice: give one of them")
     method, trackers = _method(args), trackers_of(args.log)
     choose_device(args.device)
     ops.select(args.kernels)
@@ -154,11 +180,17 @@ def _start(args: Args, signals: Signals) -> int:
         device=args.device, dtype=args.dtype, kernels=args.kernels, compile="off", model=shape, optim=args.optim,
         train=args.train,
     )  # fmt: skip
-    weigh = {"auto": None, "on": True, "off": False}[args.class_weights]
+    weigh = {"auto": False if args.balance else None, "on": True, "off": False}[args.class_weights]
     options = {"class_weights": weigh, "beta": args.beta, "balance": args.balance, "pool": args.pool}
-    options |= {"epochs": args.epochs, "layer_decay": args.layer_decay, "val": args.val}
+    options |= {
+        "threshold": args.threshold,
+        "fold": parse_fold(args.fold),
+        "epochs": args.epochs,
+        "layer_decay": args.layer_decay,
+        "val": args.val,
+    }
     options |= {"replay": args.replay, "l2_start": args.l2_start, "from_scratch": args.from_scratch}
-    base = {"path": str(opened.folder.resolve()), "model": str(args.model)}
+    base = {"path": str(opened.folder.resolve()), "model": str(args.model), "weights": weights_hash(opened.folder)}
     config = run_config(settings) | {"task": {"name": args.task, "options": options}, "base": base}
     config["method"] = asdict(method)
     prepared = prepare(config, settings, opened)
@@ -176,12 +208,11 @@ def _start(args: Args, signals: Signals) -> int:
 
 
 def _resume(args: Resume, signals: Signals) -> int:
-    from minillm.commands.comparing import is_comparison, resume_comparison
-
-    if is_comparison(Path(args.resume)):
-        if args.device or args.log or args.steps:
-            raise UserError(f"{args.resume} is a comparison of methods; it goes on with the options that it began with")
-        return resume_comparison(Path(args.resume), signals)
+    for series in (METHODS, FOLDS):
+        if series.is_in(Path(args.resume)):
+            if args.device or args.log or args.steps:
+                raise UserError(f"{args.resume} is {series.what}; it goes on with the options that it began with")
+            return go_on(series, Path(args.resume), signals)
     return resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
 
 
@@ -205,11 +236,10 @@ def resume(
     settings = dataclasses.replace(settings, device=device or settings.device)
     if steps is not None:
         settings = dataclasses.replace(settings, steps=steps, minutes=None)
-    if not Path(config["base"]["path"]).exists():
-        raise UserError(f"{config['base']['path']}, which {run} began with, is gone; put it back to go on")
+    start = known_start(config["base"], run)
     newest = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}"))
     say(f"{run} goes on from {newest.name if newest is not None else 'the start: it has no checkpoint yet'}")
     scratch = config["task"]["options"].get("from_scratch", False)
-    opened = begin_with(config["base"]["path"], settings.seed if scratch else None)
+    opened = begin_with(start, settings.seed if scratch else None)
     prepared = prepare(config, settings, opened)
     return run_prepared(prepared, settings, run, config, trackers_of(log), signals, resume_from=newest)
