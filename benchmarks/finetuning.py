@@ -22,12 +22,13 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.records import Row
-from minillm.commands.comparing import SCRATCH, finish, variants
+from minillm.commands.comparing import SCRATCH, variants
+from minillm.commands.series import finish
 from minillm.training.signals import Signals, Stopped
 
 FILE = "finetuning.json"
 PRETRAIN = ["--preset", "mlm-tiny", "--steps", "1000", "--model.dropout", "0.1"]
-TUNE = ["--task", "classify", "--epochs", "5", "--train.batch", "32"]
+TUNE = ["--task", "classify", "--epochs", "3"]
 QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}
 SEEDS = {SCRATCH: (1, 2, 3), "full": (1, 2, 3)}
 """Of the two whose difference is the question; the others are run once."""
@@ -65,9 +66,9 @@ def run(data: Path, work: Path, out: Path, *, quick: bool) -> int:
 def cases(options: list[str]) -> Iterator[tuple[str, int, list[str]]]:
     """(method, seed, options of `minillm finetune`), those first that are to be compared most closely."""
     found = variants("classify", options)
-    for name in sorted(found, key=lambda name: name not in SEEDS):
-        for seed in SEEDS.get(name, (1,)):
-            yield name, seed, [*found[name], "--seed", str(seed)]
+    chosen = [(name, seed) for name in found for seed in SEEDS.get(name, (1,))]
+    for name, seed in sorted(chosen, key=lambda case: (case[0] not in SEEDS, case[1])):
+        yield name, seed, [*found[name], "--seed", str(seed)]
 
 
 def sentences(train: Path, work: Path) -> Path:
