@@ -12,7 +12,7 @@ from minillm.interop.folder import is_hf
 from minillm.model.heads import HeadConfig, TaskModel
 from minillm.model.transformer import Transformer
 from minillm.peft.config import MethodConfig
-from minillm.peft.inject import inject
+from minillm.peft.inject import Adapted, inject
 from minillm.training import checkpoint
 from tokenizer import DamagedFile as DamagedTokenizer
 from tokenizer import Tokenizer
@@ -30,6 +30,8 @@ class Opened:
     """config.json of the checkpoint; of a folder in Hugging Face's format its task, where it has one."""
     pooler: dict[str, Tensor] | None = None
     """Weight and bias of BERT's pooler, where the model came with one: a classifier's head begins with it."""
+    adapted: Adapted | None = None
+    """The method of a finetuned model of ours, where it is still in the model."""
 
     @property
     def transformer(self) -> Transformer:
@@ -53,8 +55,12 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Trans
     return opened.transformer, opened.tokenizer
 
 
-def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Opened:
-    """As `load`, with the task's head where the model has one."""
+def open_model(path: str | Path, *, device: str | torch.device = "cpu", merge: bool = True) -> Opened:
+    """As `load`, with the task's head where the model has one.
+
+    Args:
+        merge: LoRA and AdaLoRA are folded into the weights; else they stay in the model, beside these.
+    """
     if is_hf(Path(path)):
         from minillm.interop import hf
 
@@ -64,14 +70,17 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu") -> Opene
     folder = checkpoint.resolve(Path(path))
     config, shape, weights = checkpoint.load_config(folder), model_config(folder), checkpoint.load_weights(folder)
     try:
-        build = _finetuned if "task" in config else _plain
-        model = build(shape, config, weights)
+        adapted = _adapted(shape, config, weights) if "task" in config else None
+        model = _plain(shape, weights) if adapted is None else adapted.model
     except (RuntimeError, KeyError, TypeError) as error:
         raise DamagedFile(
             f"{folder}: weights and config.json do not fit: {str(error).splitlines()[-1].strip()}"
         ) from error
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return Opened(model.to(device).eval(), tokenizer, folder, config, _pooler(model, config, folder))
+    if merge and adapted is not None and adapted.config.method in ("lora", "adalora"):
+        adapted.merge()
+    model.requires_grad_(True)
+    tokenizer, pooler = load_tokenizer(folder / "tokenizer"), _pooler(model, config, folder)
+    return Opened(model.to(device).eval(), tokenizer, folder, config, pooler, adapted)
 
 
 def _pooler(model: nn.Module, config: dict[str, Any], folder: Path) -> dict[str, Tensor] | None:
@@ -81,24 +90,22 @@ def _pooler(model: nn.Module, config: dict[str, Any], folder: Path) -> dict[str,
     return checkpoint.load_state(folder).get("pooler") if "imported" in config else None
 
 
-def _plain(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+def _plain(shape: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
     with torch.device("meta"):  # no weight is drawn only to be overwritten
         model = Transformer(shape)
     model.load_state_dict(weights, assign=True)
     return model
 
 
-def _finetuned(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
-    """Head and method are put in as they were for training; what can be folded into the weights is."""
+def _adapted(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> Adapted:
+    """Head and method are put in as they were for training."""
     head, method = config["task"]["head"], from_dict(MethodConfig, config["method"], "method.")
     model: nn.Module = Transformer(shape)
     if head is not None:
         model = TaskModel(model, HeadConfig(**head))
     adapted = inject(model, method, extra=model.added if isinstance(model, TaskModel) else ())
     model.load_state_dict(weights)
-    if method.method in ("lora", "adalora"):
-        adapted.merge()
-    return model.requires_grad_(True)
+    return adapted
 
 
 def model_config(folder: Path) -> ModelConfig:

@@ -1,6 +1,6 @@
-"""`minillm export MODEL --format hf --out DIR`: a model as a folder that Transformers opens without custom code.
+"""`minillm export MODEL --format hf|peft --out DIR`: a model as a folder that Transformers opens without custom code.
 
-The folder is opened again with Transformers before it counts: logits and token ids must be the model's.
+The folder is opened again with Transformers, or PEFT, before it counts: outputs and token ids must be the model's.
 """
 
 import sys
@@ -12,7 +12,8 @@ import tyro
 
 from minillm.config import UserError
 from minillm.interop.export import export
-from minillm.loading import open_model
+from minillm.interop.peft import BASE, export_adapter
+from minillm.loading import Opened, open_model
 from tokenizer.chat import JINJA_TEMPLATE
 
 
@@ -22,8 +23,10 @@ class Args:
     """A run folder, a checkpoint folder, or a folder in Hugging Face's format."""
     out: Path
     """The folder to write; it must not hold anything."""
-    format: Literal["hf"] = "hf"
-    """hf: config.json, generation_config.json, model.safetensors, the tokenizer's files with the chat template."""
+    format: Literal["hf", "peft"] = "hf"
+    """hf: config.json, model.safetensors and the tokenizer's files with the chat template; LoRA and AdaLoRA are merged,
+    a task's head goes along. peft: adapter_config.json and adapter_model.safetensors of lora, adalora, prefix or
+    prompt, and the model that they go into under base/."""
 
 
 def main(argv: list[str]) -> int:
@@ -34,20 +37,34 @@ def main(argv: list[str]) -> int:
 
 def _hf(args: Args) -> None:
     opened = open_model(args.model)
-    method = (opened.config.get("method") or {}).get("method")
-    if method in ("adapter", "prefix", "prompt"):
-        raise UserError(f"{args.model} was finetuned with method={method}, which no model of Transformers' computes")
-    section = opened.config.get("task") or {}
-    if section.get("head") is None:
-        section = None
-    notes = export(
-        opened.model, opened.tokenizer, args.out, task=section, pooler=opened.pooler,
-        chat_template=template_of(opened.tokenizer),
-    )  # fmt: skip
+    if opened.adapted is not None and (opened.adapted.fronts or opened.adapted.grown):
+        method = opened.adapted.config.method
+        raise UserError(
+            f"{args.model} was finetuned with method={method}, which no model of Transformers' has; "
+            "full, freeze, lora and adalora can be exported"
+        )
+    _tell(export(opened.model, opened.tokenizer, args.out, **_beside(opened)))
+    print(f"{args.out}: opened with Transformers, and its outputs and token ids are the model's")
+
+
+def _peft(args: Args) -> None:
+    opened = open_model(args.model, merge=False)
+    if opened.adapted is None:
+        raise UserError(f"{args.model} was not finetuned here, so there is no adapter in it; take --format hf")
+    _tell(export_adapter(opened.adapted, opened.tokenizer, args.out, **_beside(opened)))
+    print(f"{args.out}: opened with PEFT on {args.out / BASE}, and its outputs and token ids are the model's")
+
+
+def _beside(opened: Opened) -> dict[str, Any]:
+    """What goes along with the weights."""
+    section = opened.config.get("task")
+    task = section if section and section.get("head") is not None else None
+    return {"task": task, "pooler": opened.pooler, "chat_template": template_of(opened.tokenizer)}
+
+
+def _tell(notes: list[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    outputs = "logits" if section is None else f"outputs for {section['name']}"
-    print(f"{args.out}: opened with Transformers, and its {outputs} and token ids are the model's")
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -55,4 +72,4 @@ def template_of(tokenizer: Any) -> str | None:
     return JINJA_TEMPLATE if {"system", "user", "assistant"} <= tokenizer.special.keys() else None
 
 
-FORMATS = {"hf": _hf}
+FORMATS = {"hf": _hf, "peft": _peft}

@@ -24,7 +24,7 @@ from minillm.config import ModelConfig, UserError
 from minillm.interop.families import FAMILIES, Family, in_head
 from minillm.interop.task_heads import OWN, TASK_HEADS, counterpart, write_task
 from minillm.interop.tokenizer_files import with_padding, write_json, write_tokenizer
-from minillm.interop.verification import quiet, verify_ids, verify_logits, verify_task
+from minillm.interop.verification import open_theirs, quiet, verify, verify_ids, verify_rows
 from minillm.interop.writing import TITLES, architecture, family_of, has_head, write_config
 from minillm.model.heads import TaskModel
 from minillm.model.transformer import Transformer
@@ -72,23 +72,18 @@ def export(
             empty; Transformers is not installed; or what was written does not compute the same: then nothing stays
             behind.
     """
-    if isinstance(model, TaskModel):
-        assert task is not None  # of whoever opened the model
-        content = _task_model(model, task)
-        if TASK_HEADS[content.architecture].pool == "last" and tokenizer.pad_id == tokenizer.end_id:
-            tokenizer = with_padding(tokenizer)
-            content = _with_rows(content, tokenizer.vocab_size)
-    else:
-        content = _language_model(model, pooler or {})  # type: ignore[arg-type]
-    require_transformers()
+    content = content_of(model, task, pooler)
+    if task is not None and TASK_HEADS[content.architecture].pool == "last" and tokenizer.pad_id == tokenizer.end_id:
+        tokenizer = with_padding(tokenizer)
+        content = _with_rows(content, tokenizer.vocab_size)
+    _require_transformers()
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
     with fresh_folder(out) as folder, quiet():
         _write_model(folder, content, tokenizer)
         write_tokenizer(folder, content.config, tokenizer, chat_template, layout=task is not None)
-        if isinstance(plain, TaskModel):
-            verify_task(folder, plain, task or {}, content.architecture, tokenizer)
-        else:
-            verify_logits(folder, plain, content.architecture)
+        verify(open_theirs(folder, content.architecture), plain, task, content.architecture)
+        if task is not None:
+            verify_rows(folder, tokenizer)
         notes = _notes(content, tokenizer, pooler) + verify_ids(folder, tokenizer)
     return notes
 
@@ -113,6 +108,14 @@ def fresh_folder(out: str | Path) -> Iterator[Path]:
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def content_of(model: nn.Module, task: Mapping[str, Any] | None, pooler: Mapping[str, Tensor] | None) -> Content:
+    """What `export` writes of a model. Raises `UserError` for what no family expresses."""
+    if isinstance(model, TaskModel):
+        assert task is not None  # of whoever opened the model
+        return _task_model(model, task)
+    return _language_model(model, pooler or {})  # type: ignore[arg-type]
 
 
 def _language_model(model: Transformer, pooler: Mapping[str, Tensor]) -> Content:
@@ -229,7 +232,7 @@ def _notes(content: Content, tokenizer: Any, pooler: Mapping[str, Tensor] | None
     return notes
 
 
-def require_transformers() -> None:
+def _require_transformers() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.config import UserError
 from minillm.interop.hf_tokenizer import HFTokenizer
 from minillm.model.heads import TaskModel
-from minillm.model.transformer import Transformer
 
 TOLERANCE = 1e-4
 SAMPLE = (
@@ -30,71 +29,12 @@ SAMPLE = (
 )
 
 
-def verify_logits(folder: Path, model: Transformer, architecture: str) -> None:
-    """Raises `UserError` unless the folder, opened by Transformers, computes what `model` does."""
-    config = model.config
-    kinds = {"decoder": "CausalLM", "encoder-decoder": "Seq2SeqLM"}
-    lm = architecture != "BertModel"
-    opened = _open(folder, kinds.get(config.shape, "MaskedLM" if lm else ""), architecture)
-    generator = torch.Generator().manual_seed(0)
-    T = min(config.context, 48)
-    ids = torch.randint(config.vocab_size or 1, (2, T), generator=generator)
-    source = torch.randint(config.vocab_size or 1, (2, T), generator=generator)
-    with torch.no_grad():
-        if config.shape == "encoder-decoder":
-            theirs, ours = opened(input_ids=source, decoder_input_ids=ids).logits, model(ids, source=source)
-        elif lm:
-            theirs, ours = opened(input_ids=ids).logits, model(ids)
-        else:
-            theirs, ours = opened(input_ids=ids).last_hidden_state, model.states(ids)
-    _compare(architecture, theirs, ours)
-
-
-def verify_task(folder: Path, model: TaskModel, task: Mapping[str, Any], architecture: str, tokenizer: Any) -> None:
-    """The same of a finetuned model: outputs of padded rows, and rows as AutoTokenizer makes them of texts.
-
-    Args:
-        tokenizer: the one that was written.
-    """
-    from transformers import AutoTokenizer
-
-    config = model.config
-    opened = _open(folder, architecture.partition("For")[2], architecture)
-    generator = torch.Generator().manual_seed(0)
-    begin, end, pad = tokenizer.document_id, tokenizer.end_id, tokenizer.pad_id
-    T = min(config.context, 24)
-    others = [i for i in range(min(config.vocab_size or 1, tokenizer.vocab_size)) if i not in (begin, end, pad)]
-    inside = torch.tensor(others)[torch.randint(len(others), (4, T), generator=generator)]
-    lengths = torch.tensor([T, T // 2 + 1, 3, T - 1])
-    ids, real = inside, torch.arange(T) < lengths.unsqueeze(1)
-    ids[:, 0] = begin
-    ids[torch.arange(4), lengths - 1] = end
-    ids = ids.masked_fill(~real, pad)
-    types = (torch.arange(T) >= 2).long().expand(4, T) if config.token_types > 1 else None
-    with torch.no_grad():
-        out = opened(input_ids=ids, attention_mask=real.long(), **({} if types is None else {"token_type_ids": types}))
-        theirs = torch.stack((out.start_logits, out.end_logits), -1) if "start_logits" in out else out.logits
-        rows = [
-            (row[:n].unsqueeze(0), None if types is None else types[:1, :n])
-            for row, n in zip(ids, lengths, strict=True)
-        ]
-        alone = [model(row, token_types=of)[0] for row, of in rows]
-    if task["name"] == "regress":
-        alone = [row * task["info"]["std"] + task["info"]["mean"] for row in alone]
-    for row, ours, n in zip(theirs, alone, lengths, strict=True):
-        _compare(architecture, row if model.pool is not None else row[:n], ours)
-    auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    first, second = _writable(tokenizer)("total of prices"), _writable(tokenizer)("in euros")
-    expected = [begin, *tokenizer.encode(first), end]
-    pair = [*expected, *tokenizer.encode(second), end]
-    if auto(first)["input_ids"] != expected or auto(first, second)["input_ids"] != pair:
-        raise UserError("the exported tokenizer builds other rows than the model was finetuned on: nothing was written")
-
-
-def _open(folder: Path, kind: str, architecture: str) -> Any:
+def open_theirs(folder: Path, architecture: str) -> Any:
     """The model in the folder, with every tensor in its place. Raises `UserError` by the name of one that is not."""
     import transformers
 
+    known = {"GPT2LMHeadModel": "CausalLM", "BartForConditionalGeneration": "Seq2SeqLM"}
+    kind = known.get(architecture, architecture.partition("For")[2])
     auto = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
     options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
     opened, found = auto.from_pretrained(folder, **options)
@@ -107,6 +47,51 @@ def _open(folder: Path, kind: str, architecture: str) -> Any:
     return opened.eval()
 
 
+@torch.no_grad()
+def verify(
+    opened: Any, model: nn.Module, task: Mapping[str, Any] | None, architecture: str, *, context: int | None = None
+) -> None:
+    """Raises `UserError` unless a model of theirs computes what `model` does.
+
+    Args:
+        model: a Transformer, or with `task` a `TaskModel`; fp32, on the CPU, in evaluation mode.
+        context: longest row; None: the model's own.
+    """
+    longest = context or model.config.context
+    if isinstance(model, TaskModel):
+        _verify_task(opened, model, task or {}, architecture, min(longest, 24))
+        return
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    T = min(longest, 48)
+    ids = torch.randint(config.vocab_size, (2, T), generator=generator)
+    source = torch.randint(config.vocab_size, (2, T), generator=generator)
+    if config.shape == "encoder-decoder":
+        theirs, ours = opened(input_ids=source, decoder_input_ids=ids).logits, model(ids, source=source)
+    elif architecture != "BertModel":
+        theirs, ours = opened(input_ids=ids).logits, model(ids)
+    else:
+        theirs, ours = opened(input_ids=ids).last_hidden_state, model.states(ids)
+    _compare(architecture, theirs[:, -T:], ours)  # before them PEFT has those of a soft prompt
+
+
+def _verify_task(opened: Any, model: TaskModel, task: Mapping[str, Any], architecture: str, T: int) -> None:
+    """Outputs of rows that are padded there and alone here."""
+    config, pad = model.config, opened.config.pad_token_id
+    others = torch.tensor([i for i in range(config.vocab_size or 1) if i != pad])
+    ids = others[torch.randint(len(others), (4, T), generator=torch.Generator().manual_seed(0))]
+    lengths = [T, T // 2 + 1, min(3, T), T - 1]
+    real = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
+    ids = ids.masked_fill(~real, pad)
+    types = (torch.arange(T) >= 2).long().expand(4, T) if config.token_types > 1 else None
+    out = opened(input_ids=ids, attention_mask=real.long(), **({} if types is None else {"token_type_ids": types}))
+    theirs = torch.stack((out.start_logits, out.end_logits), -1) if "start_logits" in out else out.logits
+    for row, n in enumerate(lengths):
+        ours = model(ids[row : row + 1, :n], token_types=None if types is None else types[:1, :n])[0]
+        if task["name"] == "regress":
+            ours = ours * task["info"]["std"] + task["info"]["mean"]
+        _compare(architecture, theirs[row] if model.pool is not None else theirs[row, :n], ours)
+
+
 def _compare(name: str, theirs: Tensor, ours: Tensor) -> None:
     if theirs.shape != ours.shape:
         raise UserError(
@@ -115,6 +100,18 @@ def _compare(name: str, theirs: Tensor, ours: Tensor) -> None:
     difference = (theirs - ours).abs().max().item()
     if not difference <= TOLERANCE:
         raise UserError(f"the exported {name} differs by {difference:.1e} from the model: nothing was written")
+
+
+def verify_rows(folder: Path, tokenizer: Any) -> None:
+    """Raises `UserError` unless AutoTokenizer makes of texts the rows that a finetuned model was given."""
+    from transformers import AutoTokenizer
+
+    auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    first, second = map(_writable(tokenizer), ("total of prices", "in euros"))
+    expected = [tokenizer.document_id, *tokenizer.encode(first), tokenizer.end_id]
+    pair = [*expected, *tokenizer.encode(second), tokenizer.end_id]
+    if auto(first)["input_ids"] != expected or auto(first, second)["input_ids"] != pair:
+        raise UserError("the exported tokenizer builds other rows than the model was finetuned on: nothing was written")
 
 
 def verify_ids(folder: Path, tokenizer: Any) -> list[str]:

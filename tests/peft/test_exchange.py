@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from minillm.config import UserError
-from minillm.interop import families
+from minillm.interop import peft as interop
+from minillm.interop.export import content_of
 from minillm.interop.hf import read_hf
 from minillm.model.transformer import Transformer
 from minillm.peft.config import MethodConfig
@@ -72,16 +73,9 @@ def open_ours(folder: Path) -> Transformer:
     return model.eval()
 
 
-def places(family: str) -> dict[str, Place]:
-    """Where each of our layers stands in a model of this family, from the table that its weights are read by."""
-    table, found = families.FAMILIES[family], {}
-    for row in table.rows({"decoder": 2}):
-        if row.theirs.endswith(".weight"):
-            transposed = row.how in (families.TRANSPOSED, families.SPLIT)
-            for part, name in enumerate(row.ours):
-                module = table.prefix + row.theirs.removesuffix(".weight")
-                found[name.removesuffix(".weight")] = Place(module, part, len(row.ours), transposed)
-    return found
+def places(folder: Path) -> dict[str, Place]:
+    """Where each of our layers stands in the model of the folder."""
+    return interop.places(content_of(open_ours(folder), None, None))
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
@@ -118,7 +112,7 @@ OURS = {
 
 @pytest.mark.parametrize("method", OURS)
 def test_ours_opens_with_peft_and_comes_back(method: str, pair: tuple[str, Path], tmp_path: Path) -> None:
-    family, folder = pair
+    _, folder = pair
     adapted = inject(open_ours(folder), OURS[method])
     move(adapted.model)
     if adapted.allocator is not None:  # ranks that differ, one layer left without any
@@ -127,9 +121,9 @@ def test_ours_opens_with_peft_and_comes_back(method: str, pair: tuple[str, Path]
             layer.lora_E.data[~layer.kept] = 0.0
     if adapted.grown:
         assert changed_by(adapted) > 0.05
-    save(adapted, tmp_path, rename=places(family).__getitem__, base_model=str(folder))
+    save(adapted, tmp_path, rename=places(folder).__getitem__, base_model=str(folder))
     assert_same(adapted.model, peft.PeftModel.from_pretrained(open_theirs(folder), tmp_path).eval())
-    again = load(open_ours(folder), tmp_path, rename=places(family).__getitem__)
+    again = load(open_ours(folder), tmp_path, rename=places(folder).__getitem__)
     assert_same(again.model, peft.PeftModel.from_pretrained(open_theirs(folder), tmp_path).eval())
 
 
@@ -160,18 +154,18 @@ def test_theirs_opens_with_ours(method: str, pair: tuple[str, Path], tmp_path: P
         config.rank_pattern = allocator.mask_to_budget(theirs.base_model.model, allocator.target_bgt - 1)
         assert len({sum(kept) for kept in config.rank_pattern.values()}) > 1
     theirs.save_pretrained(tmp_path)
-    adapted = load(open_ours(folder), tmp_path, rename=places(family).__getitem__)
+    adapted = load(open_ours(folder), tmp_path, rename=places(folder).__getitem__)
     if adapted.grown:
         assert changed_by(adapted) > 0.05
     assert_same(adapted.model, theirs)
 
 
 def test_a_layer_that_is_part_of_one_of_theirs_keeps_its_rank(pair: tuple[str, Path], tmp_path: Path) -> None:
-    family, folder = pair
+    _, folder = pair
     adapted = inject(open_ours(folder), MethodConfig(method="lora", rank=3, targets="q_proj,v_proj,up_proj"))
     move(adapted.model)
-    save(adapted, tmp_path, rename=places(family).__getitem__)
-    again = load(open_ours(folder), tmp_path, rename=places(family).__getitem__)
+    save(adapted, tmp_path, rename=places(folder).__getitem__)
+    again = load(open_ours(folder), tmp_path, rename=places(folder).__getitem__)
     assert again.grown.keys() == adapted.grown.keys()
     for name, layer in again.grown.items():
         for own in layer.own:
@@ -196,7 +190,7 @@ def test_what_has_no_counterpart_here_is_refused_by_name(
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
-        load(open_ours(folder), tmp_path, rename=places(family).__getitem__)
+        load(open_ours(folder), tmp_path, rename=places(folder).__getitem__)
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
@@ -209,5 +203,5 @@ def test_theirs_for_another_model_is_refused(method: str, pair: tuple[str, Path]
     model = open_ours(folder)
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(UserError, match="the adapter belongs to another model"):
-        load(model, tmp_path, rename=places(family).__getitem__)
+        load(model, tmp_path, rename=places(folder).__getitem__)
     assert [type(module) for module in model.modules()] == kinds  # nothing was left in it
