@@ -105,4 +105,4 @@ def _require_peft() -> None:
             warnings.simplefilter("ignore")
             import peft  # noqa: F401
     except ImportError:
-        raise UserError("the export is opened with PEFT before it counts: pip install peft") from None
+        raise UserError('the export is opened with PEFT before it counts: pip install "minillm[hf]"') from None
