@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from minillm.commands import comparing
-from minillm.commands.comparing import SCRATCH, table, variants, without
+from minillm.commands import comparing, series
+from minillm.commands.comparing import SCRATCH, table, variants
+from minillm.commands.series import without
 from minillm.loading import load
 from minillm.tasks.trivial import against_trivial, sentence
 from minillm.training.signals import Signals, Stopped
@@ -45,7 +46,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> type[Here]:
     monkeypatch.setattr(comparing, "get_args", lambda method: ("full", "freeze", "lora"))
-    monkeypatch.setattr(comparing.subprocess, "Popen", Here)
+    monkeypatch.setattr(series.subprocess, "Popen", Here)
     Here.codes, Here.begun = {}, []
     return Here
 
@@ -123,12 +124,12 @@ def test_a_signal_reaches_the_process_of_the_method(tmp_path: Path, monkeypatch:
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0.05)
 
-    monkeypatch.setattr(comparing.subprocess, "Popen", Process)
+    monkeypatch.setattr(series.subprocess, "Popen", Process)
     with Signals():
         before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
         try:
             with pytest.raises(Stopped):
-                comparing.finish([], tmp_path / "run")
+                series.finish([], tmp_path / "run")
         finally:
             signal.signal(signal.SIGALRM, before)
     assert found[0].returncode == 143

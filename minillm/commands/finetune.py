@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -153,13 +153,8 @@ def _several(args: Args) -> Series | None:
     return METHODS if args.method == "all" else None
 
 
-def _start(args: Args, signals: Signals) -> int:
-    """A new run. What is wrong with model, data or options is said before its folder is made."""
-    from minillm import ops
-    from minillm.training.plan import choose_device
-    from minillm.training.pretrain import run_config
-    from minillm.training.run import clear_run, new_run, write_json
-
+def _check(args: Args) -> None:
+    """Raises `UserError` for options that contradict each other, or lie where none makes sense."""
     if args.steps is not None and args.minutes is not None:
         raise UserError("--steps and --minutes contradict each other: give one of them")
     if not args.epochs > 0 or not 0 < args.layer_decay <= 1:
@@ -170,6 +165,24 @@ def _start(args: Args, signals: Signals) -> int:
         raise UserError("--from-scratch trains every weight of a new model: it needs --method full, and no preference")
     if args.balance and args.class_weights == "on":
         raise UserError("--balance and --class-weights on would make up for rare classes twice: give one of them")
+
+
+def _options(args: Args) -> dict[str, Any]:
+    """What config.json keeps for the task, and a resumed run reads again."""
+    names = ("beta", "balance", "pool", "threshold", "epochs", "layer_decay", "val", "replay", "l2_start")
+    options = {name: getattr(args, name) for name in (*names, "from_scratch")}
+    weigh = {"auto": False if args.balance else None, "on": True, "off": False}[args.class_weights]
+    return options | {"class_weights": weigh, "fold": parse_fold(args.fold)}
+
+
+def _start(args: Args, signals: Signals) -> int:
+    """A new run. What is wrong with model, data or options is said before its folder is made."""
+    from minillm import ops
+    from minillm.training.plan import choose_device
+    from minillm.training.pretrain import run_config
+    from minillm.training.run import clear_run, new_run, write_json
+
+    _check(args)
     method, trackers = _method(args), trackers_of(args.log)
     choose_device(args.device)
     ops.select(args.kernels)
@@ -180,18 +193,8 @@ def _start(args: Args, signals: Signals) -> int:
         device=args.device, dtype=args.dtype, kernels=args.kernels, compile="off", model=shape, optim=args.optim,
         train=args.train,
     )  # fmt: skip
-    weigh = {"auto": False if args.balance else None, "on": True, "off": False}[args.class_weights]
-    options = {"class_weights": weigh, "beta": args.beta, "balance": args.balance, "pool": args.pool}
-    options |= {
-        "threshold": args.threshold,
-        "fold": parse_fold(args.fold),
-        "epochs": args.epochs,
-        "layer_decay": args.layer_decay,
-        "val": args.val,
-    }
-    options |= {"replay": args.replay, "l2_start": args.l2_start, "from_scratch": args.from_scratch}
     base = {"path": str(opened.folder.resolve()), "model": str(args.model), "weights": weights_hash(opened.folder)}
-    config = run_config(settings) | {"task": {"name": args.task, "options": options}, "base": base}
+    config = run_config(settings) | {"task": {"name": args.task, "options": _options(args)}, "base": base}
     config["method"] = asdict(method)
     prepared = prepare(config, settings, opened)
     run = new_run(args.out, f"{args.task}-{args.method}-{data_name(args.data)}", overwrite=args.overwrite)

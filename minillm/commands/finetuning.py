@@ -20,7 +20,7 @@ from minillm.training.signals import Signals
 def _task(name: str, options: dict[str, Any]) -> Any:
     """A task that has not seen data yet, with the options that it reads."""
     if name == "classify":
-        return TASKS[name](weigh=options["class_weights"])
+        return TASKS[name](weigh=options["class_weights"], threshold=options.get("threshold") != "off")
     return TASKS[name](beta=options["beta"]) if name == "preference" else TASKS[name]()
 
 
@@ -127,9 +127,9 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, who
     }  # fmt: skip
     result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
     write_json(run / "result.json", result)
-    print(
-        f"{done.outcome.reason} after {progress.step:,} steps, best at step {progress.best_step:,}; on validation data:"
-    )
+    fold = config["task"]["options"].get("fold")
+    where = "on validation data" if fold is None else f"on fold {fold['number']} of {fold['of']}, which was held out"
+    print(f"{done.outcome.reason} after {progress.step:,} steps, best at step {progress.best_step:,}; {where}:")
     print("\n".join(shown_metrics(done.metrics)))
     print(sentence(result["against"]))
     name = config["task"]["name"]

@@ -33,7 +33,9 @@ class Classify(Task):
 
     name, watch, judged = "classify", "macro_f1", "macro_f1"
 
-    def __init__(self, *, weigh: bool | None = None) -> None:
+    def __init__(self, *, weigh: bool | None = None, threshold: bool = True) -> None:
+        self.threshold = threshold
+        """Whether the probability from which a class is given is tuned, where it can be."""
         self.weigh = weigh
         """Whether rare classes weigh more. None: where they are unbalanced."""
         self.labels = Labels(())
@@ -107,6 +109,8 @@ class Classify(Task):
 
     def tune(self, model: Any, data: TextData) -> None:
         """Thresholds for every label of multi-label data, and for the rare one of two unbalanced classes."""
+        if not self.threshold:
+            return
         p, truth = self.probabilities(model, data), data.targets
         if not self.labels.multi:
             if len(self.labels.names) != 2 or not self.unbalanced:
