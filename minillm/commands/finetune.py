@@ -49,8 +49,9 @@ class Args:
     """Folder of the run. None: runs/<task>-<method>-<data>."""
     overwrite: bool = False
     """Replace the run that --out holds."""
-    epochs: float = 4.0
-    """Times that every example is read, unless --steps or --minutes says otherwise."""
+    epochs: float | None = None
+    """Times that every example is read, unless --steps or --minutes says otherwise. None: 4, and with the default data
+    no more than what a minute and a half has time for."""
     steps: int | None = None
     minutes: float | None = None
     seed: int = 1
@@ -157,7 +158,7 @@ def _check(args: Args) -> None:
     """Raises `UserError` for options that contradict each other, or lie where none makes sense."""
     if args.steps is not None and args.minutes is not None:
         raise UserError("--steps and --minutes contradict each other: give one of them")
-    if not args.epochs > 0 or not 0 < args.layer_decay <= 1:
+    if (args.epochs is not None and not args.epochs > 0) or not 0 < args.layer_decay <= 1:
         raise UserError("--epochs must be positive, and --layer-decay above 0 and at most 1")
     if args.replay < 0 or args.l2_start < 0:
         raise UserError("--replay and --l2-start must not be negative")

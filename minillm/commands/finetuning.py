@@ -8,13 +8,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.commands.tasks import data_hash, examples_of, json_ready, means_of, old_text, say, shown_metrics
+from minillm.commands.tasks import (
+    data_hash,
+    examples_of,
+    is_default,
+    json_ready,
+    means_of,
+    old_text,
+    say,
+    shown_metrics,
+)
 from minillm.config import Settings, UserError, from_dict
 from minillm.peft.config import MethodConfig
 from minillm.tasks.catalogue import TASKS
 from minillm.tasks.division import divide, remarks
 from minillm.tasks.trivial import against_trivial, sentence
 from minillm.training.signals import Signals
+
+EPOCHS = 4.0
+DEFAULT_MINUTES = 1.5
+"""Of training on the default data, which is there to try a task: with all else around it, less than three."""
 
 
 def _task(name: str, options: dict[str, Any]) -> Any:
@@ -85,7 +98,8 @@ def run_prepared(prepared, settings: Settings, run: Path, config, trackers, sign
         run=run,
         config=config,
         method=from_dict(MethodConfig, config["method"], "method."),
-        epochs=options["epochs"],
+        epochs=options["epochs"] or EPOCHS,
+        minutes_at_most=DEFAULT_MINUTES if options["epochs"] is None and is_default(settings.source) else None,
         balance=options["balance"],
         layer_decay=options["layer_decay"],
         micro_batch=micro_batch,

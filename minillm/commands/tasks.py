@@ -44,9 +44,13 @@ def old_text(opened: Opened, means: Means) -> OldText | None:
     return OldText(shards.train, shards.val, means.plain_text, means.room)
 
 
+def is_default(data: str) -> bool:
+    return data in ("stdlib", "stdlib-unbalanced")
+
+
 def examples_of(task: Task, data: str, *, seed: int = 0) -> list[Any]:
     """The examples of a file, or of the standard library; `stdlib-unbalanced` has one rare class."""
-    if data in ("stdlib", "stdlib-unbalanced"):
+    if is_default(data):
         return task.examples(stdlib_records(task.name, seed=seed, unbalanced=data != "stdlib"))
     return task.read(data)
 

@@ -54,6 +54,8 @@ class Finetuning:
     config: dict[str, Any]
     """config.json as far as it is known; the plan is added."""
     epochs: float
+    minutes_at_most: float | None
+    """Of training and validation, whatever `epochs` says. None: as long as it takes."""
     balance: bool
     """Batches have each class equally often."""
     layer_decay: float
@@ -211,8 +213,8 @@ def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validati
         if settings.steps is None and settings.minutes is None:
             epoch = work.config["corpus"]["rows"] / settings.train.batch
             settings = replace(settings, steps=max(1, round(work.epochs * epoch)))
-        plan = make_plan(
-            settings,
+        planned = partial(
+            make_plan,
             model=model,
             device=device,
             micro_batch=per_row * (settings.train.micro_batch or work.micro_batch(work.base, device)),
@@ -221,6 +223,10 @@ def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validati
             validation_rows=validation_rows,
             poll=signals.poll,
         )
+        plan = planned(settings)
+        if work.minutes_at_most is not None and plan.seconds > 60 * work.minutes_at_most:
+            work.say(f"note: {work.epochs:g} epochs would take {plan.seconds / 60:.1f} min; --epochs N asks for them")
+            plan = planned(replace(settings, steps=None, minutes=work.minutes_at_most))
     trained, parameters = summary(model)
     work.config["plan"] = {**asdict(plan), "parameters": parameters, "trained_parameters": trained}
     work.config["plan"]["predicted_seconds"] = plan.seconds
