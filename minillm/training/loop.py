@@ -247,6 +247,7 @@ class Loop:
             self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms(), active=active, **ranks)
         self.monitor.line(
             "val",
+            [job.watch] if job.watch is not None else [*metrics],
             step=progress.step,
             tokens=progress.tokens,
             loss=result.loss,

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class Monitor:
     def event(self, name: str, **values: Any) -> None:
         self.metrics.write(event=name, **values)
 
-    def line(self, split: str, **values: Any) -> None:
-        """One line of numbers: `split` is train or val."""
+    def line(self, split: str, shown: Iterable[str] = (), **values: Any) -> None:
+        """One line of numbers: `split` is train or val; the values named in `shown` are said besides the loss."""
         head = {name: values.pop(name) for name in ("step", "tokens")}
         values = {**head, "seconds": self.seconds, "split": split, **values}
         self.metrics.write(**values)
@@ -48,6 +49,7 @@ class Monitor:
             tracker(split, values)
         bits = values.get("bits_per_byte")
         parts = [f"loss {values['loss']:.4f}"] + ([f"{bits:.3f} bits/byte"] if bits is not None else [])
+        parts += [f"{name.replace('_', ' ')} {values[name]:.4f}" for name in shown if values[name] is not None]
         if split == "train":
             parts += [f"{values['tokens_per_second']:,.0f} tokens/s", f"lr {values['lr']:.2e}"]
             if self.bar is not None:
