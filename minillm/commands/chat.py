@@ -1,9 +1,10 @@
 """`minillm chat MODEL`: a conversation, one line a turn; replies are shown as they are written.
 
-Standard input may also be a pipe: each line of it is a turn of the user, each reply is printed on a line. When the
+Standard input may also be a pipe: each line of it is a turn of the user, and a line break follows each reply. When the
 conversation outgrows the context, its oldest turns are forgotten.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,30 +42,46 @@ class Args:
 def main(argv: list[str]) -> int:
     args = tyro.cli(Args, prog="minillm chat", description=__doc__, args=argv)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     opened = open_model(args.model, device=choose_device(args.device))
     model, means = opened.transformer, opened_means(opened)
     if means.config.shape != "decoder" or (opened.config.get("task") or {}).get("head") is not None:
         raise UserError(f"{args.model} does not write replies; chat with a decoder, finetuned with --task chat")
     talk: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
-    # A tokenizer without roles is an error before the first line.
+    # A tokenizer without roles, or a system message that is too long, is an error before the first line.
     fits([*talk, {"role": "user", "content": "?"}], means)
+    if opened.config and (opened.config.get("task") or {}).get("name") not in ("chat", "preference"):
+        say("note: this model was not finetuned to reply (minillm finetune MODEL --task chat); expect it to ramble")
     interactive = sys.stdin.isatty()
     if interactive:
-        say("one line is one turn; an empty line or Ctrl-D ends the conversation")
+        say("one line is one turn; Ctrl-C cuts a reply short, an empty line or Ctrl-D ends the conversation")
     for number, line in enumerate(turns(interactive)):
-        talk.append({"role": "user", "content": line})
-        talk, prompt = fits(talk, means)
-        text = reply(model, means, prompt, sampling, args.max_new_tokens, args.seed + number)
-        talk.append({"role": "assistant", "content": text})
+        try:
+            talk, prompt = fits([*talk, {"role": "user", "content": line}], means)
+        except UserError as error:
+            if not interactive:
+                raise
+            say(f"error: {error}")  # a person says it again, and what was said before is still there
+            continue
+        stream = TextStream(means.tokenizer)
+        with contextlib.suppress(KeyboardInterrupt) if interactive else contextlib.nullcontext():
+            reply(model, means, prompt, stream, sampling, args.max_new_tokens, args.seed + number)
+        print(stream.flush(), flush=True)
+        talk.append({"role": "assistant", "content": stream.text})
     return 0
 
 
 def turns(interactive: bool) -> Iterator[str]:
-    """The user's lines, without their ends; of a pipe empty ones are left out."""
+    """The user's lines, without their ends; of a pipe empty ones are left out. Raises `UserError` if not UTF-8."""
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # where the locale names no encoding, bytes that are no UTF-8 arrive as lone surrogates
+        except UnicodeError:
+            raise UserError("standard input is not UTF-8: convert it first, or type the turns by hand") from None
         if not line or (interactive and not line.strip()):
             return
         if line.strip():
@@ -93,9 +110,10 @@ def fits(talk: list[dict[str, str]], means: Means) -> tuple[list[dict[str, str]]
             raise UserError(f"this turn has {len(ids)} tokens, the model's context {means.room}: say it in fewer words")
 
 
-def reply(model: Any, means: Means, prompt: list[int], sampling: Sampling, longest: int, seed: int) -> str:
-    """Writes a reply to stdout, piece by piece, and returns it."""
-    stream = TextStream(means.tokenizer)
+def reply(
+    model: Any, means: Means, prompt: list[int], stream: TextStream, sampling: Sampling, longest: int, seed: int
+) -> None:
+    """Writes a reply to stdout, piece by piece, and into `stream`."""
     stops, banned = stop_and_banned(means.tokenizer, means.config)
 
     def on_token(_: int, token: int) -> None:
@@ -111,5 +129,3 @@ def reply(model: Any, means: Means, prompt: list[int], sampling: Sampling, longe
         banned_ids=banned,
         on_token=on_token,
     )
-    print(stream.flush(), flush=True)
-    return stream.text
