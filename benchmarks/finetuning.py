@@ -28,7 +28,7 @@ from minillm.training.signals import Signals, Stopped
 
 FILE = "finetuning.json"
 PRETRAIN = ["--preset", "mlm-tiny", "--steps", "1000", "--model.dropout", "0.1"]
-TUNE = ["--task", "classify", "--epochs", "3"]
+TUNE = ["--task", "classify", "--epochs", "3", "--train.eval-every", "267"]  # twice an epoch
 QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}
 SEEDS = {SCRATCH: (1, 2, 3), "full": (1, 2, 3)}
 """Of the two whose difference is the question; the others are run once."""
