@@ -36,6 +36,8 @@ of 43 MiB once grew by 192. Without a heap (MALLOC_MMAP_THRESHOLD_=65536 in the 
 one of 0.85 s) tensors and buffers alone explain what is measured within 7 %: `make prove` repeats that."""
 
 _PARTS = {  # the first word that is found in a module's name tells its part
+    "ngram_embedding.project": "mlp",  # a product, unlike what else stands under embeddings
+    "mix": "norms",
     "head": "head",
     "position": "positions",
     "norm": "norms",

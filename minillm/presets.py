@@ -80,12 +80,29 @@ _BIG = {  # one GPU, half a million tokens a step (GPT-3's table 2.1 for the rat
 _LEARNER = {"layers": 4, "heads": 4, "dim": 128, "context": 128, "attention": {"qk_norm": True}}
 _QUICK = {"optim": {"name": "muon", "lr": 2e-3, "schedule": "wsd"}, "train": {"batch": 32}}
 
+_SPEEDRUN = {  # everything that pays, whether or not published formats have a place for it
+    "layers": 4, "heads": 4, "dim": 256, "context": 256, "tied": False, "softcap": 15.0, "init": "scaled",
+    "attention": {"qk_norm": True}, "mlp": {"kind": "relu2"}, "norm": {"embedding": True},
+    "speedrun": {"ngrams": 4, "mix": True},
+}  # fmt: skip
+
 RUNS: dict[str, dict[str, Any]] = {
     "default": {
         "minutes": 4.5,
         "model": MODELS["llama-5m"],
         "optim": {"name": "muon", "lr": 2e-3, "schedule": "wsd"},
         "train": {"batch": 8},
+    },
+    "speedrun": {
+        "minutes": 4.5,
+        "compile": "on",
+        "data": {"separate": False},
+        "model": _SPEEDRUN,
+        "optim": {
+            "name": "muon", "lr": 6e-3, "embedding_lr": 0.05, "transfer": True,
+            "schedule": "wsd", "decay": 0.7, "final_lr": 0.0,
+        },
+        "train": {"batch": 16, "micro_batch": 16},
     },
     "shakespeare-char": {  # nanoGPT's setting for a CPU
         "steps": 2000,

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from minillm.config import OptimConfig
 from minillm.training.schedules import learning_rate
 
+TRANSFER_WIDTH = 256
+"""The width at which `optim.lr` holds as it is with `optim.transfer`."""
+
 
 def build_optimizers(
     model: nn.Module, config: OptimConfig, scale: Callable[[str], float] | None = None
@@ -29,11 +32,13 @@ def build_optimizers(
     matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]
     factors = {id(p): 1.0 if scale is None else scale(name) for name, p in named}
+    base = _base_rates(model, config)
+    rates = {id(p): factors[id(p)] * base.get(id(p), config.lr) for _, p in named if id(p) not in taken}
     groups = [
-        {"params": chosen, "weight_decay": decay, "lr": factor * config.lr}
-        for factor in sorted(set(factors.values()), reverse=True)
+        {"params": chosen, "weight_decay": decay, "lr": rate}
+        for rate in sorted(set(rates.values()), key=lambda rate: (rate != config.lr, -rate))  # the log shows the first
         for part, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if (chosen := [p for p in part if factors[id(p)] == factor])
+        if (chosen := [p for p in part if rates[id(p)] == rate])
     ]
     optimizers = [_build(config, groups)]
     if hidden:
@@ -52,6 +57,22 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _base_rates(model: nn.Module, config: OptimConfig) -> dict[int, float]:
+    """The peak rate of each weight, by its `id`, that has another one than `config.lr`.
+
+    What is looked up is moved a row at a time, whatever its width. A product's output moves by the sum of its inputs'
+    shares, which grows with their number where all weights move alike: so that is divided out (muP, table 8).
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    rates = {}
+    for p in model.parameters():
+        if id(p) in embeddings:
+            rates[id(p)] = config.embedding_lr or config.lr
+        elif config.transfer and p.ndim >= 2:
+            rates[id(p)] = config.lr * TRANSFER_WIDTH / p.shape[-1]
+    return rates
 
 
 def _in_block(name: str) -> bool:
