@@ -31,12 +31,13 @@ def encode_chat(
 
     Raises ValueError naming the message for an unknown role, roles out of turn (a system message only at the start,
     then user and assistant in turn), content that is no string, `reply` where it is not the assistant's turn; and for
-    a tokenizer without roles (type char).
+    a tokenizer without roles (type char, and others' tokenizers).
     """
     _check(messages, reply)
     if "assistant" not in tokenizer.special:
         raise ValueError(
-            f"this tokenizer (type {tokenizer.type}) has no chat roles; train one with type bpe or unigram"
+            f"this tokenizer (type {tokenizer.type}) has no chat roles such as <|assistant|>; take a model whose "
+            "tokenizer was trained here with type bpe or unigram"
         )
     ids, loss_mask = [tokenizer.document_id], [0]
     for message in messages:

@@ -19,6 +19,7 @@ from minillm.interop.configs import Fields, read_config
 from minillm.interop.families import FAMILIES, Family, in_head
 from minillm.interop.folder import is_hf, read_json, read_tensors
 from minillm.interop.task_heads import TASK_HEADS, read_task
+from minillm.interop.writing import TITLES
 from minillm.model.heads import HeadConfig, TaskModel
 from minillm.model.transformer import Transformer
 
@@ -128,20 +129,23 @@ def _family(values: dict[str, Any], folder: Path) -> tuple[str, str | None]:
     where = folder / "config.json"
     if "auto_map" in values:
         raise UserError(f"{where}: auto_map asks for code of the model's own, which is never run here")
-    listed = values.get("architectures") or []
+    kind, listed = str(values.get("model_type")), values.get("architectures") or []
     architecture = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
-    for name, family in FAMILIES.items():
-        if architecture in (*family.architectures, *(x for x, head in TASK_HEADS.items() if head.family == name)):
-            if values.get("model_type", name) != name:
-                raise UserError(f"{where}: architecture {architecture} with model_type {values['model_type']}")
+    for name in FAMILIES:
+        if architecture in _architectures(name):
+            if kind not in (name, "None"):
+                raise UserError(f"{where}: architecture {architecture} with model_type {kind[:60]}")
             return name, architecture
-    there = ", ".join([*(name for family in FAMILIES.values() for name in family.architectures), *TASK_HEADS])
     if architecture:
+        there = ", ".join(_architectures(kind) if kind in FAMILIES else TITLES.values())
         raise UserError(f"{where}: the architecture {architecture[:60]} is not supported; there are {there}")
-    if values.get("model_type") not in FAMILIES:
-        shown = str(values.get("model_type"))[:60]
-        raise UserError(f"{where}: the model type {shown} is not supported; there are {', '.join(FAMILIES)}")
-    return values["model_type"], None
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: the model type {kind[:60]} is not supported; there are {', '.join(FAMILIES)}")
+    return kind, None
+
+
+def _architectures(family: str) -> list[str]:
+    return [*FAMILIES[family].architectures, *(name for name, head in TASK_HEADS.items() if head.family == family)]
 
 
 def _plain(

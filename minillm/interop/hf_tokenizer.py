@@ -17,15 +17,14 @@ from typing import Any
 
 from minillm.config import DamagedFile, UserError
 from minillm.interop.folder import read_json
+from minillm.interop.stream import HFStreamDecoder
+from minillm.interop.token_roles import SETTINGS, find_roles
 from minillm.interop.vocabulary import from_vocabulary
 
-FILE, SETTINGS, ROLES_FILE = "tokenizer.json", "tokenizer_config.json", "roles.json"
-TEMPLATE = "chat_template.jinja"
+FILE, ROLES_FILE, TEMPLATE = "tokenizer.json", "roles.json", "chat_template.jinja"
 _FORMAT = 1
 _LARGEST = 2**24  # ids; a larger one is a damaged number, for which lists would be made
-_TOKENS = {"unknown": "unk_token", "pad": "pad_token", "mask": "mask_token"}
 _SENTINEL = re.compile(r"<\|?(?:sentinel-|extra_id_)(\d+)\|?>")
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class HFTokenizer:
@@ -112,7 +111,7 @@ class HFTokenizer:
                 raise ValueError(f"id {i} at position {at} is outside the vocabulary of {self.vocab_size}")
         return self._model.decode(ids, skip_special_tokens=True)
 
-    def stream_decoder(self) -> "HFStreamDecoder":
+    def stream_decoder(self) -> HFStreamDecoder:
         """A decoder for ids that come one by one; it never gives half a character."""
         return HFStreamDecoder(self)
 
@@ -190,41 +189,6 @@ class HFTokenizer:
         return _made(cls, content, settings, None, folder)
 
 
-class HFStreamDecoder:
-    """Text from ids one at a time: all pushes and the flush, joined, equal `decode` of the same ids where these are
-    valid UTF-8 (what is not gives U+FFFD in both, not always as many)."""
-
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []  # what still matters: the last piece shown, as context, and what is held back
-        self._shown = ""
-
-    def push(self, i: int) -> str:
-        """The characters that this id completes, possibly none. Raises ValueError for an id outside the vocabulary."""
-        text = self._tokenizer.decode([*self._ids, i])
-        self._ids.append(i)
-        if text.endswith(_INCOMPLETE) or len(text) <= len(self._shown):
-            return ""
-        new = text[len(self._shown) :]
-        self._shrink(i, text)
-        return new
-
-    def _shrink(self, last: int, text: str) -> None:
-        """Forgets all but the last id where the rest cannot matter: it shows something of its own there."""
-        alone = self._tokenizer.decode([last])
-        if alone and not alone.endswith(_INCOMPLETE):
-            self._ids, self._shown = [last], alone
-        else:
-            self._shown = text
-
-    def flush(self) -> str:
-        """What was held back, U+FFFD for a character left incomplete; the decoder is then as new."""
-        text = self._tokenizer.decode(self._ids)
-        rest = text[len(self._shown) :]
-        self._ids, self._shown = [], ""
-        return rest
-
-
 def _made(
     cls: type[HFTokenizer],
     content: bytes,
@@ -241,7 +205,7 @@ def _made(
     ids = model.get_vocab(with_added_tokens=True).values()
     if not ids or max(ids) >= _LARGEST:
         raise DamagedFile(f"{folder / FILE} is damaged: its vocabulary is empty, or has ids beyond {_LARGEST}")
-    return cls(content, settings, roles if roles is not None else _roles(model, settings, folder))
+    return cls(content, settings, roles if roles is not None else find_roles(model, settings, folder))
 
 
 def _content(folder: Path) -> bytes:
@@ -249,38 +213,6 @@ def _content(folder: Path) -> bytes:
         return (folder / FILE).read_bytes()
     except OSError as error:
         raise UserError(f"{folder / FILE} cannot be read: {error.strerror}") from None
-
-
-def _roles(model: Any, settings: Mapping[str, Any], folder: Path) -> dict[str, int]:
-    """Which id plays which part, from the settings, special_tokens_map.json and config.json, in this order.
-
-    A document begins with the bos token, or BERT's [CLS], or where there is neither with the end of the one before; of
-    an encoder-decoder with what its config starts the decoder with.
-    """
-    said = dict(read_json(folder / "special_tokens_map.json")) if (folder / "special_tokens_map.json").is_file() else {}
-    said |= {name: value for name, value in settings.items() if value is not None}
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-
-    def find(*names: str) -> int | None:
-        for name in names:
-            value = said.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            i = model.token_to_id(value) if isinstance(value, str) else None
-            i = config.get(f"{name}_id") if i is None else i
-            i = i[0] if isinstance(i, list) and i else i
-            if type(i) is int and 0 <= i < model.get_vocab_size():
-                return i
-        return None
-
-    end = find("eos_token", "sep_token")
-    document = find("bos_token", "cls_token")
-    if config.get("is_encoder_decoder"):
-        document = find("decoder_start_token") if find("decoder_start_token") is not None else document
-    end = document if end is None else end
-    if end is None:
-        raise UserError(f"{folder}: nothing says which token ends a text; add eos_token to {SETTINGS}")
-    roles = {name: i for name, token in _TOKENS.items() if (i := find(token)) is not None}
-    return {"pad": end, **roles, "document": end if document is None else document, "end": end}
 
 
 def _valid(text: str) -> str:

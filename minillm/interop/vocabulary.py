@@ -25,7 +25,7 @@ def from_vocabulary(folder: Path, settings: dict[str, Any]) -> bytes:
 
 
 def _wordpiece(folder: Path, settings: dict[str, Any]) -> bytes:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
     vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(pieces) if piece.strip()}
@@ -43,6 +43,8 @@ def _wordpiece(folder: Path, settings: dict[str, Any]) -> bytes:
         if token in vocabulary:
             settings.setdefault(name, token)
             model.add_special_tokens([AddedToken(token, normalized=False)])
+    if "[CLS]" in vocabulary and "[SEP]" in vocabulary:
+        model.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     return model.to_str().encode()
 
 

@@ -145,7 +145,12 @@ OPTIONS: list[tuple[str, str, dict[str, Any], str]] = [
     ("gpt2", "GPT2LMHeadModel", {"activation_function": "mish"}, "activation_function=mish is not supported"),
     ("gpt2", "GPT2LMHeadModel", {"n_head": "four"}, "n_head is four, which is no whole number"),
     ("gpt2", "GPT2LMHeadModel", {"n_head": 0}, "model.heads must be between"),
-    ("gpt2", "GPT2LMHeadModel", {"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not"),
+    (
+        "gpt2",
+        "GPT2LMHeadModel",
+        {"architectures": ["MambaForCausalLM"]},
+        "MambaForCausalLM is not supported; there are GPT2Model",
+    ),
     ("gpt2", "GPT2LMHeadModel", {"architectures": None, "model_type": "t5"}, "model type t5 is not supported"),
     ("gpt2", "GPT2LMHeadModel", {"auto_map": {}}, "auto_map asks for code"),
     ("gpt2", "GPT2LMHeadModel", {"quantization_config": {}}, "quantization_config is set"),

@@ -178,6 +178,8 @@ def test_older_files(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(bert.pieces) + "\n")
     older = HFTokenizer.load(tmp_path / "bert")
+    begin, end = bert.document_id, bert.end_id
+    assert older.wrap("of", "a") == [begin, *bert.encode("of"), end, *bert.encode("a"), end]
     gpt2 = byte_level()
     (tmp_path / "gpt2").mkdir()
     tokenizers.Tokenizer.from_str(gpt2.content.decode()).model.save(str(tmp_path / "gpt2"))
