@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minillm.commands import comparing, series
-from minillm.commands.comparing import SCRATCH, table, variants
+from minillm.commands.comparing import METHODS, SCRATCH, table, variants
 from minillm.commands.series import without
 from minillm.loading import load
 from minillm.tasks.trivial import against_trivial, sentence
@@ -170,6 +170,9 @@ def test_the_table_shows_what_a_task_has() -> None:
         "adapter_bytes": 4096, "peak_bytes": 3 << 20, "seconds": 61.4,
     }  # fmt: skip
     assert table({"full": result}, "rouge_l")[-1] == "| full | 1.5000 | 5 (25.0%) | 4 KiB | 3 MiB | 61 s |"
+    state = {"task": "regress", "results": {"full": result | {"metrics": {"loss": 1.5, "rmse": 0.25}}}}
+    head, _, row, *_ = METHODS.lines(state)  # the first column is what the task is judged by
+    assert head.startswith("| method | rmse | loss |") and row.startswith("| full | 0.2500 | 1.5000 |")
 
 
 def test_the_last_line_says_whether_the_trivial_answer_is_beaten(

@@ -40,7 +40,7 @@ def table(results: dict[str, dict[str, Any]], judged: str) -> list[str]:
 
 def _lines(state: State) -> list[str]:
     note = "On validation data, at each method's best step; peak memory is that of the method's own process."
-    return [*table(state["results"], TASKS[state["task"]]().watch), "", note]
+    return [*table(state["results"], TASKS[state["task"]]().judged), "", note]
 
 
 METHODS = Series(
