@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from minillm.commands import launching
 from minillm.config import DamagedFile, UserError
 
 COMMANDS = {
@@ -52,6 +53,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(_unknown(command))
+        if command != "train":
+            launching.refuse_group(command)
         if command == "tokenizer":
             tokenizer_main = importlib.import_module("tokenizer.__main__").main
             return tokenizer_main(list(argv), prog="minillm tokenizer")

@@ -366,6 +366,18 @@ class TrainConfig:
     """Recompute each block's inside in the backward pass: less memory, about a third more time."""
     threads: int | None = None
     """CPU threads. None: as many as there are cores."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: ddp, a whole model on each process; fsdp, a part of every tensor on each (fully_shard)."""
+    shard_ranks: int | None = None
+    """fsdp: over how many processes a tensor is divided; groups of so many hold copies of each other. None: all."""
+    reshard: bool = True
+    """fsdp: let go of a block's gathered weights after its forward pass, and gather them again for the backward."""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """fsdp: in what weights travel and are computed with; the weights that are trained stay fp32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Under torchrun: in what gradients travel and are summed."""
+    stall_seconds: float = 20.0
+    """Under torchrun: a process for which the others have waited so long ends the run, which names it."""
     sample_prompt: str | None = None
     """What is continued at 0 %, 25 % and 100 % of the run. None: a prompt that suits the data."""
     sample_tokens: int = 160
@@ -375,6 +387,11 @@ class TrainConfig:
         for name in ("batch", "micro_batch", "eval_every", "save_every", "log_every", "keep", "patience", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} must be at least 1, not {value}")
+        _require(self.shard_ranks is None or self.shard_ranks >= 1, "train.shard_ranks must be at least 1")
+        _require(self.stall_seconds >= 1, f"train.stall_seconds must be at least 1, not {self.stall_seconds}")
+        if self.parallel == "ddp":
+            for name, off in (("shard_ranks", None), ("reshard", True), ("gather_dtype", "fp32")):
+                _require(getattr(self, name) == off, f"train.{name} needs train.parallel=fsdp")
         _require(self.sample_tokens >= 0, f"train.sample_tokens must not be negative, not {self.sample_tokens}")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), not {self.label_smoothing}")
         _require(self.z_loss >= 0, f"train.z_loss must not be negative, not {self.z_loss}")

@@ -169,26 +169,43 @@ def device_memory(device: torch.device) -> int:
     return max(0, min(free))
 
 
-def micro_batch(settings: Settings, *, device: torch.device, dtype: str, free: int | None = None) -> int:
+def micro_batch(
+    settings: Settings,
+    *,
+    device: torch.device,
+    dtype: str,
+    free: int | None = None,
+    batch: int | None = None,
+    parts: int = 1,
+) -> int:
     """The most sequences for one forward and backward pass: the largest divisor of the batch that fits the memory.
 
-    A divisor, so that accumulating keeps the tokens of a step. `free` defaults to the device's free memory. Raises
-    `UserError` with what would help where not even one sequence fits.
+    A divisor, so that accumulating keeps the tokens of a step. Raises `UserError` with what would help where not even
+    one sequence fits.
+
+    Args:
+        free: bytes. None: the device's free memory.
+        batch: of one of several processes, its share of the batch. None: all of it.
+        parts: over how many processes weights, gradients and optimizer are divided.
     """
-    batch = settings.train.batch
+    batch = batch or settings.train.batch
+
+    def need(rows: int) -> float:
+        whole = memory(settings, rows, device=device, dtype=dtype)
+        return whole.total - (whole.weights + whole.gradients + whole.optimizer) * (1 - 1 / parts)
+
     room = SPARE * (device_memory(device) if free is None else free)
     divisors = [rows for rows in range(1, batch + 1) if batch % rows == 0]
-    if memory(settings, batch, device=device, dtype=dtype).total <= room:
+    if need(batch) <= room:
         return batch
     low, high = -1, len(divisors) - 1  # divisors[high] is too much, divisors[low] fits
     while high - low > 1:
         middle = (low + high) // 2
-        fits = memory(settings, divisors[middle], device=device, dtype=dtype).total <= room
+        fits = need(divisors[middle]) <= room
         low, high = (middle, high) if fits else (low, middle)
     if low < 0:
-        need = memory(settings, 1, device=device, dtype=dtype).total
         raise UserError(
-            f"training needs {need / 2**30:.1f} GiB even with one sequence at a time, and {room / 2**30:.1f} GiB of "
+            f"training needs {need(1) / 2**30:.1f} GiB even with one sequence at a time, and {room / 2**30:.1f} GiB of "
             f"{device.type} memory can be used; lower --model.dim, --model.layers or --model.context"
             + ("" if settings.train.checkpoint_activations else ", or take --train.checkpoint-activations")
         )

@@ -21,16 +21,19 @@ def predictions(settings: Settings, plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_text(settings: Settings, plan: Plan, predicted: dict[str, Any], corpus: dict[str, Any]) -> str:
+def plan_text(
+    settings: Settings, plan: Plan, predicted: dict[str, Any], corpus: dict[str, Any], processes: int = 1
+) -> str:
     """Device, size, memory, time, text, kernels."""
     model, tokens = settings.model, predicted["tokens_per_step"]
     flops = preflight.flops_per_token(model) * tokens * plan.steps
     threads = f", {plan.threads} threads" if plan.device == "cpu" else ""
     compiled = ", compiled" if plan.compile else ""
+    together = f", {processes} processes together ({settings.train.parallel})" if processes > 1 else ""
     lines = {
         "model": f"{model.shape}, {predicted['parameters']:,} parameters: {model.layers} layers, {model.dim} wide, "
         f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size}",
-        "device": f"{plan.device}{threads}, {plan.dtype}{compiled}",
+        "device": f"{plan.device}{threads}, {plan.dtype}{compiled}{together}",
         "kernels": operators_text(model, torch.device(plan.device), plan.dtype),
         "memory": f"{predicted['predicted_bytes'] / 2**20:,.0f} MiB predicted, with {plan.micro_batch} of "
         f"{settings.train.batch} sequences at a time",

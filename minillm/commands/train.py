@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minillm import presets
+from minillm.commands.launching import earlier_run, launch, refuse_group
 from minillm.config import Settings, UserError, from_dict
+from minillm.training.distributed import Alone, join
 from minillm.training.signals import Signals, Stopped
 
 
@@ -51,9 +53,14 @@ class Resume:
 def main(argv: list[str]) -> int:
     with Signals() as signals:
         try:
-            if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
-                return _resume(tyro.cli(Resume, prog="train.py", description=__doc__, args=argv), signals)
-            return _start(_parse(argv), signals)
+            with join() as team:
+                if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
+                    resume = tyro.cli(Resume, prog="train.py", description=__doc__, args=argv)
+                    return _resume(resume, signals, team)
+                args = _parse(argv)
+                if (run := earlier_run(args.out)) is not None:
+                    return _resume(Resume(resume=str(run), log=args.log), signals, team)
+                return _start(args, signals, team)
         except Stopped as stopped:
             _say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
             return stopped.code
@@ -103,7 +110,7 @@ def _read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _start(args: Args, signals: Signals) -> int:
+def _start(args: Args, signals: Signals, team: Alone) -> int:
     """A new run: its folder and config.json first, so that whatever follows can be resumed.
 
     What turns out to be wrong before training begins leaves no folder behind, and what can be known without one is
@@ -124,20 +131,25 @@ def _start(args: Args, signals: Signals) -> int:
     if Path(name).exists():  # kept as an absolute path, so that --resume works from any folder
         name = Path(name).name
         settings = replace(settings, source=str(Path(settings.source).absolute()))
-    run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
-    config = run_config(settings)
-    write_json(run / "config.json", config)
+    team.check(settings)
+    config = {**run_config(settings), **launch()}
+    run = None
+    if team.lead:
+        run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
+        write_json(run / "config.json", config)
+    run = team.share(run)
+    team.log_to(run)
     try:
-        return _run(settings, source, run, config, trackers, signals, resume_from=None)
+        return _run(settings, source, run, config, trackers, signals, team, resume_from=None)
     except UserError:
-        if not (run / "metrics.jsonl").exists():
+        if team.lead and not (run / "metrics.jsonl").exists():
             clear_run(run)
             with contextlib.suppress(OSError):  # it may hold other things, or be where we stand
                 run.rmdir()
         raise
 
 
-def _resume(args: Resume, signals: Signals) -> int:
+def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     """Goes on from the newest valid checkpoint, or from the start where there is none yet."""
     from minillm.commands import finetune
     from minillm.data.sources import open_source
@@ -149,6 +161,7 @@ def _resume(args: Resume, signals: Signals) -> int:
         raise UserError(f"{run} is a checkpoint; --resume takes the folder of its run: --resume {run.parent.parent}")
     config = read_config(run)
     if "task" in config:
+        refuse_group("finetune")
         return finetune.resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
     settings = from_dict(Settings, config["settings"])
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
@@ -158,11 +171,15 @@ def _resume(args: Resume, signals: Signals) -> int:
     settings = replace(settings, device=args.device or settings.device)
     if args.steps is not None:
         settings = replace(settings, steps=args.steps, minutes=None)
-    folder = checkpoint.newest_valid(run, lambda line: _say(f"warning: {line}"))
+    team.check(settings)
+    team.log_to(run)
+    with team.lead_first():  # one looks through the checkpoints, and all go on from the one it finds
+        folder = checkpoint.newest_valid(run, lambda line: _say(f"warning: {line}")) if team.lead else None
+    folder = team.share(folder)
     where = folder.name if folder is not None else "the start: it has no checkpoint yet"
     _say(f"{run} goes on from {where}")
     source = open_source(settings.source)
-    return _run(settings, source, run, config, _trackers(args.log), signals, resume_from=folder)
+    return _run(settings, source, run, config, _trackers(args.log), signals, team, resume_from=folder)
 
 
 def _run(
@@ -172,6 +189,7 @@ def _run(
     config: dict[str, Any],
     trackers: tuple[str, ...],
     signals: Signals,
+    team: Alone,
     *,
     resume_from: Path | None,
 ) -> int:
@@ -191,18 +209,24 @@ def _run(
         raise UserError(
             f"the text of {settings.source} has changed since {run} began; restore it, or start a new run with --out"
         )
-    tokenizer = run_tokenizer(settings, source, run)
-    settings = resolved(settings, tokenizer.vocab_size)
-    shards = run_shards(settings, source, run, tokenizer)
-    config.update(settings=dataclasses.asdict(settings), corpus=shards.info)
-    write_json(run / "config.json", config)
+    with team.lead_first():
+        tokenizer = run_tokenizer(settings, source, run)
+        settings = resolved(settings, tokenizer.vocab_size)
+        shards = run_shards(settings, source, run, tokenizer)
+        config.update(settings=dataclasses.asdict(settings), corpus=shards.info)
+        if team.lead:
+            write_json(run / "config.json", config)
 
     def micro_batch(model: Any, device: Any) -> int:
-        return preflight.micro_batch(settings, device=device, dtype=choose_dtype(settings, device))
+        rows = team.rows(settings.train.batch)[1]
+        parts = (settings.train.shard_ranks or team.size) if settings.train.parallel == "fsdp" else 1
+        free = preflight.device_memory(device) // (team.neighbours if device.type == "cpu" else 1)
+        dtype = choose_dtype(settings, device)
+        return preflight.micro_batch(settings, device=device, dtype=dtype, free=free, batch=rows, parts=parts)
 
     def show_plan(plan: Plan) -> dict[str, Any]:
         predicted = predictions(settings, plan)
-        _say(plan_text(settings, plan, predicted, shards.info))
+        _say(plan_text(settings, plan, predicted, shards.info, team.size))
         return predicted
 
     work = Pretraining(
@@ -217,12 +241,15 @@ def _run(
         show_plan=show_plan,
         show_baselines=lambda values: _say(baselines_text(values)),
         log=trackers,
+        team=team,
     )
     try:
         outcome = pretrain(work, signals, resume_from=resume_from)
     except TrainingFailed as failure:
-        print(f"error: {failure}\nreport: {write_report(run)}", file=sys.stderr)
+        print(f"error: {failure}\nreport: {write_report(run) if team.lead else run}", file=sys.stderr)
         return 1
+    if not team.lead:
+        return outcome.code
     report = write_report(run)
     if outcome.code == 0:
         _conclude(run, config, report)

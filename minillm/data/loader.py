@@ -103,19 +103,23 @@ class Loader:
         return self.objective.batch(windows, np.full(rows, self.length), samples, seed=self.seed)
 
 
-def validation(stream: TokenStream, objective: Objective, *, context: int, rows: int) -> Iterator[Batch]:
+def validation(
+    stream: TokenStream, objective: Objective, *, context: int, rows: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
     """The whole stream once, in consecutive windows that do not overlap, `rows` at a time.
 
     Every batch has the same shape: the last window, and the last batch, are filled up with tokens that count nowhere.
-    Each window is the same whatever `rows` is, down to what a masked objective hides.
+    Each window is the same whatever `rows` is, down to what a masked objective hides. Of several `ranks` each gets
+    every so-manieth batch, the last ones perhaps one with nothing that counts, so that all get equally many.
     """
     stride, length = objective.sizes(context)
     overlap = min(length - stride, 1)
     starts = np.arange(0, max(1, len(stream) - overlap), stride)
     rows = min(rows, len(starts))
-    for first in range(0, len(starts), rows):
+    for turn in range(0, len(starts), rows * ranks):
+        first = turn + rank * rows
         chosen = starts[first : first + rows]
         lengths = np.zeros(rows, np.int64)
         lengths[: len(chosen)] = np.minimum(length, len(stream) - chosen)
-        windows = stream.windows(np.resize(chosen, rows), length)
+        windows = stream.windows(np.resize(chosen if len(chosen) else starts, rows), length)
         yield objective.batch(windows, lengths, np.arange(first, first + rows), seed=VALIDATION)

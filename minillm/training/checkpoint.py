@@ -4,6 +4,8 @@
                               state.safetensors   tensors of the training state (optimizer, random state)
                               state.json          the rest of it
                               config.json  tokenizer/  MANIFEST.json
+                              parts/              weights and state of a model that is spread over processes, instead
+                                                  of model.safetensors (see parts.py)
     run/checkpoints/best      a file with the name of the best one
 
 A folder is written under a temporary name, synced to the disk, listed in its manifest and only then renamed: a kill
@@ -26,11 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillm.config import DamagedFile, UserError
-from minillm.training import manifest
+from minillm.training import manifest, parts
 from minillm.training.state import pack, unpack, unshare
 
 _STEP = re.compile(r"step-(0|[1-9]\d{0,17})")
 _WRITING, _REPLACED = ".tmp", ".replaced"
+PARTS = "parts"
 
 
 def save(
@@ -54,36 +57,61 @@ def save(
     Raises TypeError, before anything is written, for what a checkpoint cannot hold; `UserError` where the disk is
     full; `DamagedFile` where the disk does not give back what was written. In each case the former checkpoints stay.
     """
+    packed, tensors = pack(state)
+    files = {"model.safetensors": unshare(weights), "state.safetensors": unshare(tensors)}
+    with writing(run, step, files=files, packed=packed, config=config, tokenizer=tokenizer, keep=keep, best=best):
+        return run / "checkpoints" / f"step-{step}"
+
+
+@contextmanager
+def writing(
+    run: Path,
+    step: int,
+    *,
+    files: Mapping[str, Mapping[str, Tensor]],
+    packed: Any,
+    config: dict[str, Any],
+    tokenizer: Path | None,
+    keep: int,
+    best: int | None = None,
+    besides: int = 0,
+) -> Iterator[Path]:
+    """A checkpoint of which the block writes a part; when it ends, all is listed, synced and put into place.
+
+    Args:
+        files: tensors by file.
+        packed: the rest of the training state, as `pack` gives it.
+        besides: bytes that the block will write into the folder that it gets.
+    """
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     _clean(checkpoints)
-    packed, tensors = pack(state)
     texts = {"state.json": json.dumps(packed), "config.json": json.dumps(config, indent=2)}
-    files = {"model.safetensors": unshare(weights), "state.safetensors": unshare(tensors)}
-    need = _bytes(files, texts, tokenizer)
     final = checkpoints / f"step-{step}"
     temporary = final.with_name(final.name + _WRITING)
-    with _room(checkpoints, temporary, need):
+    with _room(checkpoints, temporary, besides + _bytes(files, texts, tokenizer)):
         temporary.mkdir()
         for name, part in files.items():
-            save_file(part, temporary / name)
+            save_file(dict(part), temporary / name)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             shutil.copytree(tokenizer, temporary / "tokenizer")
+        yield temporary
         manifest.write(temporary, {"step": step})
         _publish(temporary, final)
     manifest.verify(final)
     if best is not None and (checkpoints / f"step-{best}").is_dir():
         _write_best(checkpoints, best)
     _prune(checkpoints, step, keep)
-    return final
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, after each file was read and compared. Raises `DamagedFile` naming the file."""
     listed = manifest.verify(folder)
-    for name in ("model.safetensors", "config.json", "state.safetensors", "state.json"):
+    divided = (folder / PARTS).is_dir()
+    weights = [f"{PARTS}/{path.name}" for path in (folder / PARTS).iterdir()] if divided else ["model.safetensors"]
+    for name in (*weights, "config.json", "state.safetensors", "state.json"):
         if name not in listed["files"]:
             raise DamagedFile(f"{folder / manifest.NAME} does not list {name}: this is no whole checkpoint")
     return listed
@@ -123,12 +151,16 @@ def resolve(path: Path) -> Path:
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The weights by name, on the CPU. Raises `DamagedFile` where the file is no safetensors file."""
+    if (folder / PARTS).is_dir():
+        return parts.read(folder / PARTS, parts.WEIGHTS)
     return _load_tensors(folder / "model.safetensors")
 
 
 def load_state(folder: Path) -> Any:
     """The training state as `save` was given it, tuples as lists. Raises `DamagedFile` where it cannot be read."""
     packed, tensors = _load_json(folder / "state.json"), _load_tensors(folder / "state.safetensors")
+    if (folder / PARTS).is_dir():
+        tensors |= parts.read(folder / PARTS, parts.STATE)
     try:
         return unpack(packed, tensors)
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -7,7 +7,7 @@ a run that is killed and resumed writes the same numbers as one that was not.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from torch import nn
 from minillm.config import Settings, UserError
 from minillm.data.batch import Batch
 from minillm.training import checkpoint
+from minillm.training.distributed import ALONE, Alone, Call, apply, placed, placed_state, whole
 from minillm.training.monitor import Monitor
-from minillm.training.nonfinite import locate
 from minillm.training.objectives import Count, Evaluation, Objective, counted, evaluate, likelihood
 from minillm.training.optim import add_penalties, gradient_norm, set_learning_rate
-from minillm.training.plan import Plan
+from minillm.training.plan import Plan, autocast
 from minillm.training.run import cut_metrics
 from minillm.training.signals import Signals, Stopped
 from minillm.training.units import watch_units
@@ -65,7 +65,7 @@ class Job:
     plan: Plan
     objective: Objective
     batch: Callable[[int], Batch]
-    """Step -> all rows of it; a pure function, so that a resumed run reads on where the first one stopped."""
+    """Step -> this rank's rows of it; a pure function, so that a resumed run reads on where the first one stopped."""
     validation: Callable[[], Iterable[Batch]]
     run: Path
     config: dict[str, Any]
@@ -86,6 +86,10 @@ class Job:
     """The metric by which a model is the best, higher is better. None: the validation loss."""
     allocator: "Allocator | None" = None
     """AdaLoRA's."""
+    team: Alone = ALONE
+    """The processes that train together; each has a job of its own."""
+    call: Call = apply
+    """Computes an objective with the model, as `team.spread` has prepared it."""
 
 
 class Allocator(Protocol):
@@ -112,16 +116,14 @@ class Outcome:
 
 def precision(plan: Plan) -> Callable[[], AbstractContextManager]:
     """The context in which matrix products run in plan.dtype."""
-    if plan.dtype == "fp32":
-        return nullcontext
-    return partial(torch.autocast, plan.device, torch.bfloat16 if plan.dtype == "bf16" else torch.float16)
+    return autocast(plan.device, plan.dtype)
 
 
 class Loop:
     def __init__(self, job: Job, monitor: Monitor, signals: Signals, progress: Progress, scaler: torch.amp.GradScaler):
         self.job, self.monitor, self.signals, self.progress, self.scaler = job, monitor, signals, progress, scaler
         self.parameters = [p for p in job.model.parameters() if p.requires_grad]
-        self.precision = precision(job.plan)
+        self.precision, self.team = precision(job.plan), job.team
         # One that was saved before its validation ended is saved again after it, with what the validation found.
         self.saved: int | None = progress.step if progress.step and progress.chores_done else None
         self.random = _random_state()  # after the last finished step
@@ -154,26 +156,29 @@ class Loop:
         """One optimizer step: forward and backward for each micro-batch, clip, step."""
         job, progress = self.job, self.progress
         batch = job.batch(progress.step).to(torch.device(job.plan.device))
-        counted = job.count(batch)
+        counted = self.team.total(job.count(batch))
         lr = set_learning_rate(job.optimizers, progress.step, job.plan.steps, job.settings.optim)
 
         for optimizer in job.optimizers:
             optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=batch.ids.device)
-        for micro in batch.split(job.plan.micro_batch):
+        # Each part weighs by its tokens: the sum over micro-batches is the mean over the whole batch. A team takes the
+        # mean over its ranks, where the sum is wanted.
+        share = max(1, counted) / self.team.size
+        micros = list(batch.split(job.plan.micro_batch))
+        for micro in micros:
             with self.precision():
-                loss = job.objective(job.model, micro)
-            # Each part weighs by its tokens: the sum over micro-batches is the mean over the whole batch.
-            self.scaler.scale(loss / max(1, counted)).backward()
+                loss = job.call(job.objective, job.model, micro, last=micro is micros[-1])
+            self.scaler.scale(loss / share).backward()
             total += loss.detach()
-            self.signals.poll()
+            self.team.poll(self.signals, midway=True)
         for optimizer in job.optimizers:
             self.scaler.unscale_(optimizer)
         add_penalties(job.model, job.settings.optim)
         if job.allocator is not None:
             job.allocator.before_step()
         norm = gradient_norm(self.parameters)
-        mean = total.item() / max(1, counted)
+        mean = self.team.total(total.item()) / max(1, counted)
         # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale. Where
         # that does not help any more, they are infinite by themselves.
         scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
@@ -190,8 +195,8 @@ class Loop:
         self.lr, self.norm = lr, norm.item()
         progress.step += 1
         progress.chores_done = False
-        progress.tokens += batch.ids.numel()
-        progress.line_tokens += batch.ids.numel()
+        progress.tokens += self.team.size * batch.ids.numel()
+        progress.line_tokens += self.team.size * batch.ids.numel()
         progress.loss_sum += mean * counted
         progress.targets += counted
         self.random = _random_state()
@@ -218,31 +223,40 @@ class Loop:
         """What is due after `progress.step` steps: validation, samples, a checkpoint."""
         job, progress, plan = self.job, self.progress, self.job.plan
         last = progress.step == plan.steps
+        self.team.poll(self.signals)
         if not progress.chores_done:
             before = self.monitor.seconds
             if last or progress.step % plan.eval_every == 0:
                 self._validate()
             if job.sample is not None and progress.step in (0, math.ceil(plan.steps / 4), plan.steps):
-                for event in job.sample(job.model, progress.step):
-                    self.monitor.event("sample", step=progress.step, **event)
-                    self.monitor.say(f"\n--- sample after {progress.step} steps ---{_shown(event)}---\n")
+                self._sample(job.sample)
             progress.line_seconds += self.monitor.seconds - before  # the log's tokens/s is that of training alone
             progress.chores_done = True
         wanted = self.signals.save or last or (progress.step > 0 and progress.step % plan.save_every == 0)
         improved = job.settings.train.patience is not None and progress.best_step == progress.step
         if improved or (wanted and progress.step > 0):  # a finished model may be the best before its first step
             self._save()
-        self.signals.poll()
+        self.team.poll(self.signals)
+
+    def _sample(self, sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]]) -> None:
+        step, model = self.progress.step, self.team.whole_model(self.job.model)
+        if model is None:
+            return
+        with self.team.busy("sampling"):
+            for event in sample(model, step):
+                self.monitor.event("sample", step=step, **event)
+                self.monitor.say(f"\n--- sample after {step} steps ---{_shown(event)}---\n")
 
     def _validate(self) -> None:
         job, progress = self.job, self.progress
         with watch_units(job.model) as alive:
             result: Evaluation = evaluate(
-                job.model, job.validation(), self.precision, self.signals.poll, job.score, job.count
-            )
+                job.model, job.validation(), self.precision, partial(self.team.poll, self.signals),
+                partial(job.call, job.score), job.count, self.team.in_turn,
+            )  # fmt: skip
             metrics = {} if job.metrics is None else job.metrics(job.model)
         if progress.step > 0:
-            active = {name: units.float().mean().item() for name, units in alive.items()}
+            active = {name: self.team.any(units).float().mean().item() for name, units in alive.items()}
             ranks = {} if job.allocator is None else {"ranks": job.allocator.ranks()}
             self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms(), active=active, **ranks)
         self.monitor.line(
@@ -269,7 +283,7 @@ class Loop:
             if p.grad is not None:
                 parts = name.split(".")
                 layer = ".".join(parts[:4]) if "blocks" in parts else parts[0]
-                squares[layer] = squares.get(layer, 0.0) + p.grad.float().square().sum().item()
+                squares[layer] = squares.get(layer, 0.0) + whole(p.grad.float().square().sum()).item()
         return {name: math.sqrt(square) for name, square in squares.items()}
 
     def _save(self) -> None:
@@ -285,7 +299,7 @@ class Loop:
             "random": _random_state(),
             "ranks": None if self.job.allocator is None else self.job.allocator.state(),
         }
-        checkpoint.save(
+        self.team.save(
             self.job.run,
             progress.step,
             weights=self.job.model.state_dict(),
@@ -303,20 +317,22 @@ class Loop:
             return
         _set_random_state(self.random)
         self._save()
+        self.team.settle()
         self.monitor.say(f"saved step {self.progress.step}; go on with: python train.py --resume {self.job.run}")
 
     def _restore_best(self) -> None:
         """Puts the best weights back, as the last checkpoint of the run."""
         progress = self.progress
+        self.team.settle()
         folder = checkpoint.resolve(self.job.run / "checkpoints" / f"step-{progress.best_step}")
-        self.job.model.load_state_dict(checkpoint.load_weights(folder))
+        self.job.model.load_state_dict(placed(checkpoint.load_weights(folder), self.job.model))
         self.monitor.say(f"restored the best weights, those of step {progress.best_step}")
         self.saved = None
         self._save()
 
     def _fail(self, what: str, batch: Batch) -> None:
         with self.precision():
-            layer, samples = locate(self.job.model, batch, self.job.objective)
+            layer, samples = self.team.locate(self.job.model, batch, self.job.objective)
         step = self.progress.step + 1
         self.monitor.event("nonfinite", step=step, what=what, layer=layer, samples=samples)
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
@@ -339,11 +355,15 @@ def train(job: Job, signals: Signals, *, log: tuple[str, ...] = (), resume_from:
     progress, scaler = Progress(), torch.amp.GradScaler(job.plan.device, enabled=job.plan.dtype == "fp16")
     if resume_from is not None:
         progress = _load(job, scaler, resume_from)
-    cut_metrics(job.run, progress.step, chores_done=progress.chores_done)
-    monitor = Monitor(job.run, job.plan.steps, log=log, seconds=progress.seconds, step=progress.step)
+    if job.team.lead:
+        cut_metrics(job.run, progress.step, chores_done=progress.chores_done)
+    monitor = Monitor(
+        job.run, job.plan.steps, log=log, seconds=progress.seconds, step=progress.step, writes=job.team.lead
+    )
     signals.careful = True
     try:
-        return Loop(job, monitor, signals, progress, scaler).run()
+        with job.team.training(job.settings.train):
+            return Loop(job, monitor, signals, progress, scaler).run()
     finally:
         signals.careful = False
         monitor.close()
@@ -352,13 +372,15 @@ def train(job: Job, signals: Signals, *, log: tuple[str, ...] = (), resume_from:
 def _load(job: Job, scaler: torch.amp.GradScaler, folder: Path) -> Progress:
     state = checkpoint.load_state(folder)
     try:
-        job.model.load_state_dict(checkpoint.load_weights(folder))
+        job.model.load_state_dict(placed(checkpoint.load_weights(folder), job.model))
         for optimizer, values in zip(job.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+            optimizer.load_state_dict(placed_state(values, optimizer))
         scaler.load_state_dict(state["scaler"])
         if job.allocator is not None:
             job.allocator.load_state(state["ranks"])
-        _set_random_state(state["random"])
+        random = job.team.random_of(state)
+        if random is not None:
+            _set_random_state(random)
         return Progress(**state["progress"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error

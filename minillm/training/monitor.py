@@ -18,12 +18,22 @@ class Monitor:
     Args:
         log: trackers besides the file, any of "tb" (TensorBoard, into RUN/tensorboard) and "wandb".
         seconds: time that the run had already taken when it was resumed.
+        writes: whether metrics.jsonl and trackers are this process's to write.
     """
 
-    def __init__(self, run: Path, steps: int, *, log: tuple[str, ...] = (), seconds: float = 0.0, step: int = 0):
-        self.metrics = Metrics(run)
+    def __init__(
+        self,
+        run: Path,
+        steps: int,
+        *,
+        log: tuple[str, ...] = (),
+        seconds: float = 0.0,
+        step: int = 0,
+        writes: bool = True,
+    ):
+        self.metrics = Metrics(run) if writes else None
         self.steps, self.start = steps, time.monotonic() - seconds
-        self.trackers = [TRACKERS[name](run) for name in log]
+        self.trackers = [TRACKERS[name](run) for name in log] if writes else []
         self.bar = tqdm(total=steps, initial=step, unit="step", file=sys.stderr) if sys.stderr.isatty() else None
 
     @property
@@ -38,13 +48,15 @@ class Monitor:
             print(text, file=sys.stderr, flush=True)
 
     def event(self, name: str, **values: Any) -> None:
-        self.metrics.write(event=name, **values)
+        if self.metrics is not None:
+            self.metrics.write(event=name, **values)
 
     def line(self, split: str, shown: Iterable[str] = (), **values: Any) -> None:
         """One line of numbers: `split` is train or val; the values named in `shown` are said besides the loss."""
         head = {name: values.pop(name) for name in ("step", "tokens")}
         values = {**head, "seconds": self.seconds, "split": split, **values}
-        self.metrics.write(**values)
+        if self.metrics is not None:
+            self.metrics.write(**values)
         for tracker in self.trackers:
             tracker(split, values)
         bits = values.get("bits_per_byte")
@@ -66,7 +78,8 @@ class Monitor:
             self.bar.update()
 
     def close(self) -> None:
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         if self.bar is not None:
             self.bar.close()
 

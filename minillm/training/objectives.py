@@ -119,7 +119,7 @@ class Evaluation:
     targets: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that fully_shard gathers there would stay unfit for training
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -127,16 +127,24 @@ def evaluate(
     poll: Callable[[], None],
     score: Objective = likelihood,
     count: Count = counted,
+    in_turn: Callable[[list], list] = lambda mine: mine,
 ) -> Evaluation:
-    """Mean loss over all targets of `batches`, each counted once; `poll` runs between batches and may raise."""
+    """Mean loss over all targets of `batches`, each counted once; `poll` runs between batches and may raise.
+
+    Args:
+        in_turn: [(loss, targets)] of this process's batches -> those of all processes, in the order of the text.
+    """
     model.eval()
-    total, targets = 0.0, 0
+    mine: list[tuple[float, int]] = []
     try:
         for batch in batches:
             with precision():
-                total += score(model, batch).double().item()
-            targets += count(batch)
+                mine.append((score(model, batch).double().item(), count(batch)))
             poll()
     finally:
         model.train()
+    total, targets = 0.0, 0
+    for loss, counted_here in in_turn(mine):  # one after the other: the same sum on any number of processes
+        total += loss
+        targets += counted_here
     return Evaluation(total / max(1, targets), targets)

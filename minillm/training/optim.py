@@ -19,7 +19,11 @@ TRANSFER_WIDTH = 256
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimConfig, scale: Callable[[str], float] | None = None
+    model: nn.Module,
+    config: OptimConfig,
+    scale: Callable[[str], float] | None = None,
+    *,
+    muon: type[torch.optim.Muon] = torch.optim.Muon,
 ) -> list[torch.optim.Optimizer]:
     """One optimizer, or two with Muon; only weights that require gradients are theirs.
 
@@ -42,7 +46,7 @@ def build_optimizers(
     ]
     optimizers = [_build(config, groups)]
     if hidden:
-        muon = torch.optim.Muon(
+        matrices_of_blocks = muon(
             [
                 {"params": [p for p in hidden if factors[id(p)] == factor], "lr": factor * config.muon_lr}
                 for factor in sorted({factors[id(p)] for p in hidden}, reverse=True)
@@ -52,7 +56,7 @@ def build_optimizers(
             momentum=config.momentum,
             adjust_lr_fn="original",
         )
-        optimizers.append(muon)
+        optimizers.append(matrices_of_blocks)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -111,5 +115,6 @@ def add_penalties(model: nn.Module, config: OptimConfig) -> None:
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """Norm of all gradients together, in fp32."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Norm of all gradients together, in fp32; of those that are spread over processes, that of the whole."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

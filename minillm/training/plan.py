@@ -10,7 +10,9 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch import nn
 from minillm import ops
 from minillm.config import Settings, UserError
 from minillm.data.batch import Batch
+from minillm.training.distributed import ALONE, Alone
 from minillm.training.objectives import Objective
 from minillm.training.optim import build_optimizers
 
@@ -74,6 +77,13 @@ def choose_dtype(settings: Settings, device: torch.device) -> str:
     return "fp32"
 
 
+def autocast(device: str, dtype: str) -> Callable[[], AbstractContextManager]:
+    """The context in which matrix products run in `dtype`."""
+    if dtype == "fp32":
+        return nullcontext
+    return partial(torch.autocast, device, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+
+
 def cpu_multiplies_bf16() -> bool:
     """Whether the processor has bf16 matrix instructions (AVX512_BF16 or AMX); without them bf16 is emulated."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -94,10 +104,12 @@ def make_plan(
     batch: Callable[[int], Batch],
     validation_rows: int,
     poll: Callable[[], None],
+    team: Alone = ALONE,
 ) -> Plan:
     """Decides what the settings left open.
 
     Args:
+        batch: step -> this process's rows of it.
         validation_rows: rows of one whole validation, whose time `--minutes` includes.
         poll: called between measured steps; may raise.
     """
@@ -105,8 +117,8 @@ def make_plan(
     steps, train = settings.steps, settings.train
     if steps is None and settings.minutes is None:
         raise UserError("give the length of the run: --steps N or --minutes M")
-    seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll)
-    validation = validation_rows * for_row
+    seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll, team)
+    validation = validation_rows / team.size * for_row
     if steps is None:
         steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, train.eval_every)
     else:
@@ -115,7 +127,8 @@ def make_plan(
         device=device.type,
         dtype=dtype,
         kernels=ops.selected(device)[0],
-        compile=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
+        compile=team.compiles(train)
+        and (settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")),
         threads=torch.get_num_threads(),
         micro_batch=micro_batch,
         steps=steps,
@@ -145,16 +158,18 @@ def _measure(
     objective: Objective,
     batch: Callable[[int], Batch],
     poll: Callable[[], None],
+    team: Alone,
 ) -> tuple[float, float]:
     """Seconds of a training step, and of the forward pass of one row; on a copy, so that nothing has moved after."""
     trial = copy.deepcopy(model)
-    optimizers = build_optimizers(trial, settings.optim)
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    call = team.spread(trial, settings.train)
+    optimizers = build_optimizers(trial, settings.optim, muon=team.muon)
+    context = autocast(device.type, dtype)
     rows = batch(0).to(device)
 
     def forward(part: Batch) -> torch.Tensor:
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            return objective(trial, part) / max(1, rows.counted)
+        with context():
+            return call(objective, trial, part) / max(1, rows.counted)
 
     def step() -> None:
         for micro in rows.split(micro_batch):
@@ -173,7 +188,7 @@ def _measure(
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(team.slowest(time.perf_counter() - start))
         return sorted(times[1:])[len(times[1:]) // 2]
 
     budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned

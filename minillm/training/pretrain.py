@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from minillm.data.batch import Batch
 from minillm.data.loader import Loader, validation
 from minillm.data.shards import Shards
 from minillm.evaluation.baselines import baselines
-from minillm.model.transformer import Transformer
+from minillm.model.transformer import Transformer, call_block
+from minillm.training.distributed import ALONE, Alone, micro_batch
 from minillm.training.loop import Job, Outcome, precision, train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan, choose_device, cores, make_plan
+from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, cores, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
 
@@ -51,13 +53,14 @@ class Pretraining:
     """Tells a person, and returns what is predicted (memory, time …), which goes into config.json beside the plan."""
     show_baselines: Callable[[dict[str, Any]], None]
     log: tuple[str, ...] = ()
+    team: Alone = ALONE
 
 
 def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = None) -> Outcome:
     """Plans (or takes the plan that config.json holds), scores the baselines, trains."""
-    settings, run = work.settings, work.run
+    settings, run, team = work.settings, work.run, work.team
     device = choose_device(settings.device)
-    torch.set_num_threads(settings.train.threads or work.config.get("plan", {}).get("threads") or cores())
+    torch.set_num_threads(settings.train.threads or team.threads(cores(), work.config.get("plan", {}).get("threads")))
     ops.select(settings.kernels)
     torch.manual_seed(settings.seed)
     model = Transformer(settings.model).to(device)
@@ -66,30 +69,45 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
             stack.checkpoint_activations = settings.train.checkpoint_activations
 
     loader = Loader(work.shards.train, work.objective, context=settings.model.context, seed=settings.seed)
-    rows = settings.train.batch
+    first, rows = team.rows(settings.train.batch)
 
     def batch(step: int) -> Batch:
-        return loader.batch(step * rows, rows)
+        return loader.batch(step * settings.train.batch + first, rows)
 
     def validate() -> Iterable[Batch]:
-        part = validation(work.shards.val, work.objective, context=settings.model.context, rows=VALIDATION_ROWS)
+        part = validation(
+            work.shards.val,
+            work.objective,
+            context=settings.model.context,
+            rows=VALIDATION_ROWS,
+            rank=team.rank,
+            ranks=team.size,
+        )
         return (each.to(device) for each in part)
 
     objective = training_objective(settings.train)
-    plan = _plan(work, model, device, batch, objective, signals)
-    if plan.compile:
-        first = next(batch(0).split(plan.micro_batch)).to(device)
-        compiled = _compiled(objective, model, first, precision(plan), work.say)
+    micro = micro_batch(_micro_batch(work, model, device), rows)
+    by_block = device.type == "cpu" and settings.compile == "on"
+    if by_block:  # before the plan, which then measures compiled steps
+        by_block = _compile_blocks(objective, model, next(batch(0).split(micro)), settings, work.say)
+    plan = _plan(work, model, device, batch, objective, micro, signals)
+    if device.type == "cpu":
+        plan = replace(plan, compile=by_block)
+    elif plan.compile:
+        part = next(batch(0).split(plan.micro_batch)).to(device)
+        compiled = _compiled(objective, model, part, precision(plan), work.say)
         plan = replace(plan, compile=compiled is not objective)
         objective = compiled
     _keep_plan(work, plan, **work.show_plan(plan))
-    _write_baselines(work)
+    if team.lead:
+        _write_baselines(work)
 
-    torch.manual_seed(settings.seed + 1)  # dropout's stream, whatever planning drew
+    torch.manual_seed(settings.seed + 1 + 1_000_003 * team.rank)  # dropout's stream, whatever planning drew
+    call = team.spread(model, settings.train)
     info, next_token = work.shards.info, settings.objective == "next-token"
     job = Job(
         model=model,
-        optimizers=build_optimizers(model, settings.optim),
+        optimizers=build_optimizers(model, settings.optim, muon=team.muon),
         settings=settings,
         plan=plan,
         objective=objective,
@@ -101,11 +119,20 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         val_bits=info["val_targets"] / info["val_bytes"] / math.log(2) if next_token else None,
         samples_per_epoch=loader.samples_per_epoch,
         sample=work.sample,
+        team=team,
+        call=call,
     )
     return train(job, signals, log=work.log, resume_from=resume_from)
 
 
-def _plan(work: Pretraining, model: Transformer, device, batch, objective, signals: Signals) -> Plan:
+def _micro_batch(work: Pretraining, model: Transformer, device: torch.device) -> int:
+    """Rows of one pass: as config.json has them, as the settings say, or as many as fit."""
+    known = work.config.get("plan")
+    rows = known.get("micro_batch") if isinstance(known, dict) else None
+    return rows or work.settings.train.micro_batch or work.micro_batch(model, device)
+
+
+def _plan(work: Pretraining, model: Transformer, device, batch, objective, micro: int, signals: Signals) -> Plan:
     """The plan that config.json holds, or a new one, written there before anything else happens."""
     known = work.config.get("plan")
     if known is not None:
@@ -113,18 +140,20 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, signa
             known = {field.name: known[field.name] for field in fields(Plan)}
         except (KeyError, TypeError):
             raise DamagedFile(f"{work.run / 'config.json'} is damaged: its plan is not complete") from None
-        plan = Plan(**{**known, "steps": work.settings.steps or known["steps"], "device": device.type})
+        now = {"steps": work.settings.steps or known["steps"], "device": device.type, "micro_batch": micro}
+        plan = Plan(**{**known, **now})
     else:
         rows = -(-len(work.shards.val) // work.settings.model.context)
         plan = make_plan(
             work.settings,
             model=model,
             device=device,
-            micro_batch=work.settings.train.micro_batch or work.micro_batch(model, device),
+            micro_batch=micro,
             objective=objective,
             batch=batch,
             validation_rows=rows,
-            poll=signals.poll,
+            poll=partial(work.team.poll, signals, midway=True),
+            team=work.team,
         )
     _keep_plan(work, plan)
     return plan
@@ -132,7 +161,8 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, signa
 
 def _keep_plan(work: Pretraining, plan: Plan, **predicted: Any) -> None:
     work.config["plan"] = {**asdict(plan), **predicted}
-    write_json(work.run / "config.json", work.config)
+    if work.team.lead:
+        write_json(work.run / "config.json", work.config)
 
 
 def _compiled(objective, model: nn.Module, micro: Batch, context, say: Callable[[str], None]):
@@ -141,17 +171,37 @@ def _compiled(objective, model: nn.Module, micro: Batch, context, say: Callable[
     It is tried with a micro-batch as training will have them: a whole batch need not fit the memory.
     """
     compiled = torch.compile(objective)
+    return compiled if _works(compiled, model, micro, context, say) else objective
+
+
+def _compile_blocks(
+    objective, model: Transformer, micro: Batch, settings: Settings, say: Callable[[str], None]
+) -> bool:
+    """Compiles the blocks alone, once for all of them: seconds on a CPU, where the whole step takes a minute."""
+    stacks = [stack for stack in (model.encoder, model.decoder) if stack is not None]
+    context = autocast("cpu", choose_dtype(settings, torch.device("cpu")))
+    for stack in stacks:
+        stack.compile_blocks(torch.compile(call_block, dynamic=False))
+    if _works(objective, model, micro, context, say):
+        return True
+    for stack in stacks:
+        stack.compile_blocks(None)
+    return False
+
+
+def _works(objective, model: nn.Module, micro: Batch, context, say: Callable[[str], None]) -> bool:
+    """Whether a step can be compiled; one line where it cannot."""
     try:
         with context():
-            loss = compiled(model, micro)
+            loss = objective(model, micro)
         loss.backward()
     except Exception as error:  # inductor, dynamo and the C++ toolchain raise without a common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say(f"warning: torch.compile does not work here ({reason[:160]}); training without it")
-        return objective
+        return False
     finally:
         model.zero_grad(set_to_none=True)
-    return compiled
+    return True
 
 
 def _write_baselines(work: Pretraining) -> None:

@@ -47,7 +47,7 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
 
 def clear_run(folder: Path) -> None:
     """Removes what a run has put into its folder, and nothing else."""
-    for name in ("checkpoints", "data", "tokenizer", "tensorboard", "adapter"):
+    for name in ("checkpoints", "data", "tokenizer", "tensorboard", "adapter", "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("config.json", "metrics.jsonl", "report.html", "result.json"):
         (folder / name).unlink(missing_ok=True)

@@ -19,7 +19,8 @@ class Stopped(BaseException):
 class Signals:
     """While open: SIGTERM and SIGINT ask for an end, SIGUSR1 for a checkpoint; a second SIGINT quits at once.
 
-    Until `careful` is set (nothing is worth saving yet) a signal raises `Stopped` where it arrives.
+    Until `careful` is set (nothing is worth saving yet) a signal raises `Stopped` where it arrives. What arrives waits
+    in `stop` and `asked_to_save` for the loop, or a group of processes together, to ask.
     """
 
     HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -27,7 +28,8 @@ class Signals:
     def __init__(self) -> None:
         self.careful = False
         self.save = False
-        self._stop: int | None = None
+        self.asked_to_save = False
+        self.stop: int | None = None
 
     def __enter__(self) -> "Signals":
         self._before = {number: signal.signal(number, self._arrived) for number in self.HANDLED}
@@ -41,15 +43,17 @@ class Signals:
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if number not in (signal.SIGTERM, signal.SIGINT):
-            self.save = True
+            self.asked_to_save = True
             return
-        if self._stop is not None and number == signal.SIGINT:
+        if self.stop is not None and number == signal.SIGINT:
             os._exit(128 + number)
-        self._stop = number
+        self.stop = number
         if not self.careful:
             raise Stopped(number)
 
     def poll(self) -> None:
-        """Raises `Stopped` if the process was asked to end."""
-        if self._stop is not None:
-            raise Stopped(self._stop)
+        """Raises `Stopped` if the process was asked to end; `save` then says whether it was asked to save."""
+        if self.asked_to_save:
+            self.save, self.asked_to_save = True, False
+        if self.stop is not None:
+            raise Stopped(self.stop)

@@ -99,7 +99,7 @@ def test_what_cannot_come_back_is_refused_before_anything_is_written(tmp_path, l
         save_example(tmp_path, 1, state=leaf)
     with pytest.raises(TypeError, match="head"):
         save_example(tmp_path, 1, weights={"head": torch.zeros(2, device="meta")})
-    assert names(tmp_path) == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_checkpoint_holds_all_it_needs(tmp_path):
