@@ -84,7 +84,7 @@ def test_memory_follows_the_settings():
     assert need(tiny(), 8).activations < 0.6 * whole.activations
     assert need(tiny(checkpoint_activations=True), 16).total < whole.total
     wide = settings("default", {"model": {"vocab_size": 512}})  # where activations outweigh logits and copied weights
-    assert need(wide, 4, dtype="bf16").activations < 0.8 * need(wide, 4).activations
+    assert need(wide, 4, dtype="bf16").activations < 0.85 * need(wide, 4).activations
     assert need(tiny("sgd"), 16).optimizer == whole.weights
     assert whole.weights < need(tiny("muon"), 16).optimizer < whole.optimizer  # one moment for matrices in the blocks
     again = need(tiny(), 16)
