@@ -38,10 +38,6 @@ PARTS: dict[str, dict[str, list[str]]] = {
 """Where the slow tests of each part are, and which files (Python and JSON) a change to makes them due again."""
 
 
-OPEN = ("kernels",)
-"""Parts whose proof has not been through yet: `make prove` runs them, and the ordinary tests do not ask for it."""
-
-
 def sources(part: str, root: Path = ROOT) -> str:
     """SHA-256 of the tracked files that the part covers, names and contents, as they stand in the working tree."""
     listed = subprocess.run(
