@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from minillm.commands import exporting, importing
+from minillm.commands import embed, exporting, importing
 from minillm.config import DamagedFile, UserError, to_dict
 from minillm.interop.hf import build, load_hf
 from minillm.interop.hf_tokenizer import HFTokenizer
 from minillm.training import checkpoint
 from tests.interop.ours import model_of, tokenizer_of
-from tests.interop.test_hf_tokenizer import byte_level
-from tests.interop.theirs import make, save
+from tests.interop.test_hf_tokenizer import byte_level, wordpiece
+from tests.interop.theirs import make, output, save
 
 
 def folder_of(tmp_path, family="bert", architecture="BertModel", **changes):
@@ -77,3 +77,27 @@ def test_export_of_a_checkpoint(tmp_path, capsys):
         assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
     with pytest.raises(UserError, match="is not empty"):
         exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_embeddings_are_the_states_of_transformers(family, tmp_path, capsys):
+    """Of each text alone and without padding, pooled by hand."""
+    tokenizer = wordpiece() if family == "bert" else byte_level()
+    theirs = make(family, {"bert": "BertModel", "gpt2": "GPT2Model"}[family], vocab_size=tokenizer.vocab_size)
+    save(theirs, tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs")
+    texts = ["of the account", "x", "numbers and prose, who may withdraw"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    pools = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "last": lambda x: x[-1]}
+    for pool, of in pools.items():
+        argv = [str(tmp_path / "theirs"), "--input", str(tmp_path / "texts.txt"), "--pool", pool]
+        found = []
+        for more in ([], ["--normalize"]):
+            assert embed.main([*argv, *more]) == 0
+            found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+        for text, plain, unit in zip(texts, *found, strict=True):
+            ids = torch.tensor([[tokenizer.document_id, *tokenizer.encode(text), tokenizer.end_id]])
+            expected = of(output(theirs, input_ids=ids)[0])
+            assert plain["text"] == text and expected.abs().max() > 0.1
+            assert (torch.tensor(plain["embedding"]) - expected).abs().max() < 1e-4
+            assert (torch.tensor(unit["embedding"]) - expected / expected.norm()).abs().max() < 1e-5
