@@ -118,6 +118,26 @@ def test_a_beam_search_writes_what_is_predicted_and_what_is_scored(
     assert scores[0] < 1 and scores[1:] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("task, key", [("lm", "text"), ("chat", "instruction"), ("seq2seq", "source")])
+def test_an_input_beyond_the_context_is_answered_and_says_so(
+    task: str, key: str, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, tokenizer = load(decoder)
+    long = "the quick fox " * 40
+    ask = lines(tmp_path / "ask.jsonl", [{key: "the fox"}, {key: long}])
+    done = minillm(capsys, "predict", decoder, "--task", task, "--input", ask, "--max-new-tokens", 2)
+    short, cut = rows(done.out)
+    assert "unread_tokens" not in short
+    # A chat and a text go on from the last half of the context, 25 to 48 tokens; a pair keeps half for its target.
+    text, frame = (
+        len(tokenizer.encode(long.strip() if task == "chat" else long)),
+        {"lm": 1, "chat": 4, "seq2seq": 0}[task],
+    )
+    read = text + frame - cut["unread_tokens"]
+    assert 24 < read <= 48 if task != "seq2seq" else read == 48 + 1 - 2 - 24
+    assert "note: 1 of 2 inputs do not fit the context of 48 tokens" in done.err
+
+
 def test_a_long_conversation_forgets_its_oldest_turns(
     decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,13 +197,16 @@ def test_a_plain_decoder_is_scored_as_a_language_model(
         ("predict", ["--task", "chat", "--input", "x.jsonl"], "x.jsonl does not exist"),
         ("predict", ["--task", "chat", "--input", "x.jsonl", "--beams", "2", "--temperature", "1"], "nothing is drawn"),
         ("evaluate", ["--task", "chat", "--data", "x.jsonl", "--beams", "2"], "--beams is for --task seq2seq"),
+        ("predict", ["--task", "lm", "--input", "{wrong}"], "has no 'text', only 'foo'"),
+        ("predict", ["--task", "chat", "--input", "{wrong}"], "has neither 'messages' nor 'instruction'"),
         ("embed", ["--input", "x.jsonl"], "x.jsonl does not exist"),
     ],
 )
 def test_what_a_model_cannot_do_is_said_in_one_line(
-    name: str, argv: list[str], words: str, decoder: Path, capsys: pytest.CaptureFixture[str]
+    name: str, argv: list[str], words: str, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = minillm(capsys, name, decoder, *argv)
+    wrong = lines(tmp_path / "wrong.jsonl", [{"foo": 1}])
+    done = minillm(capsys, name, decoder, *(word.format(wrong=wrong) for word in argv))
     assert done.code == 2 and words in done.err and done.err.startswith("error: ") and done.err.count("\n") == 1
 
 

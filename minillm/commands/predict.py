@@ -1,7 +1,7 @@
 """`minillm predict MODEL --input FILE`: one line of JSON for each input.
 
 classify  label, scores     regress  label     tag  tags, entities     span-qa  answer     seq2seq  target
-chat, preference  reply     lm  text
+chat, preference  reply     lm  text     (of these four also unread_tokens, where the input is longer than the context)
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from minillm.commands.tasks import TaskName, opened_means, task_of
+from minillm.commands.tasks import TaskName, opened_means, say, task_of
 from minillm.config import UserError
 from minillm.data.records import read_records
 from minillm.inference.sampling import Sampling
@@ -56,9 +56,13 @@ def main(argv: list[str]) -> int:
     elif args.beams != 1:
         raise UserError(f"--beams is for tasks that write texts: {', '.join(WRITES)}; this model does {task.name}")
     examples, means = inputs(task, args.input), opened_means(opened)
+    cut = 0
     for first in range(0, len(examples), PART):
         for answer in task.answers(opened.model, examples[first : first + PART], means, **options):
             print(json.dumps(answer, ensure_ascii=False), flush=True)
+            cut += "unread_tokens" in answer
+    if cut:
+        say(f"note: {cut} of {len(examples)} inputs do not fit the context of {means.room} tokens: see unread_tokens")
     return 0
 
 

@@ -54,7 +54,8 @@ def _example(record: Record, labelled: bool) -> ChatExample:
         if labelled:
             messages.append({"role": "assistant", "content": record.text("output")})
     else:
-        record.require(("messages",), "chat")
+        there = ", ".join(map(repr, record.fields)) or "nothing"
+        record.fail(f"has neither 'messages' nor 'instruction' and 'output', only {there}: rename the columns")
     if labelled and not any(message["role"] == "assistant" for message in messages):
         record.fail("has no message of the assistant, so nothing to learn; give a reply, or delete the record")
     return ChatExample(record, tuple(messages))

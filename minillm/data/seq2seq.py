@@ -70,6 +70,8 @@ class PairData:
         """What the model is given of each example: the encoder's tokens, or a decoder's prompt."""
         self.targets: list[list[int]] = []
         """What it should go on with, `end_id` included."""
+        self.lost: list[int] = []
+        """Tokens of each example's source that do not fit."""
         self.truncated = self.cut = 0
         for example in self.examples:
             self._add(example, tokenizer)
@@ -93,6 +95,7 @@ class PairData:
             room = self.context + 1 - 2 - min(len(target) or self.context // 2, target_room)
         self.cut += len(target) > target_room
         self.truncated += len(source) > room or len(target) > target_room
+        self.lost.append(max(0, len(source) - room))
         self.sources.append([tokenizer.document_id, *source[:room], tokenizer.end_id])
         self.targets.append(target[:target_room])
 

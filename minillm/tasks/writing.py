@@ -22,6 +22,7 @@ from minillm.evaluation.language import language_scores
 from minillm.evaluation.translation import bleu, rouge_l
 from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
+from minillm.inference.reader import window_start
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
 from minillm.tasks.task import ROWS, Means, Task, batches, evaluating, outputs, spelt_bytes
@@ -64,6 +65,11 @@ def write(
             written = generate(model, read, sampling=sampling, seed=seed, first_row=first, **common)
         texts += [means.tokenizer.decode(ids) for ids in written]
     return texts
+
+
+def unread(tokens: int) -> dict[str, int]:
+    """What an answer says of an input that is longer than the context: how many tokens of it the model never saw."""
+    return {"unread_tokens": tokens} if tokens else {}
 
 
 def text_scores(model: nn.Module, data: Any, means: Means) -> dict[str, float]:
@@ -124,8 +130,8 @@ class Seq2Seq(Task):
     ) -> Iterator[dict]:
         data = self.data(examples, means, labelled=False)
         written = write(model, means, data.sources, max_new_tokens=max_new_tokens, **options)
-        for example, text in zip(examples, written, strict=True):
-            yield {"source": example.source, "target": text}
+        for example, text, lost in zip(examples, written, data.lost, strict=True):
+            yield {"source": example.source, "target": text} | unread(lost)
 
 
 def _overlap(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
@@ -163,8 +169,9 @@ class Chat(Task):
     ) -> Iterator[dict]:
         prompts = [chat_prompt(example.record, question(example.messages), means) for example in examples]
         written = write(model, means, prompts, max_new_tokens=max_new_tokens, **options)
-        for example, text in zip(examples, written, strict=True):
-            yield {"messages": question(example.messages), "reply": text}
+        for example, text, prompt in zip(examples, written, prompts, strict=True):
+            answer = {"messages": question(example.messages), "reply": text}
+            yield answer | unread(window_start(len(prompt), means.room))
 
 
 def question(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -247,6 +254,9 @@ class LM(Task):
 
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[TextDocument]:
         """Prompts to go on with, in the field "text" or "prompt"."""
+        for record in records:
+            if "prompt" not in record.fields:
+                record.require(("text",), self.name)
         return [TextDocument(r, r.text("prompt" if "prompt" in r.fields else "text")) for r in records]
 
     def given(self, example: TextDocument) -> Hashable:
@@ -277,5 +287,5 @@ class LM(Task):
         begin = means.tokenizer.document_id
         prompts = [[begin, *means.tokenizer.encode(example.text)] for example in examples]
         written = write(model, means, prompts, max_new_tokens=max_new_tokens, **options)
-        for example, text in zip(examples, written, strict=True):
-            yield {"prompt": example.text, "text": text}
+        for example, text, prompt in zip(examples, written, prompts, strict=True):
+            yield {"prompt": example.text, "text": text} | unread(window_start(len(prompt), means.room))
