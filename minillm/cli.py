@@ -24,7 +24,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "import": "a model in Hugging Face's format becomes a run folder",
-    "export": "a model as a folder that Transformers opens",
+    "export": "a model as a folder that Transformers, or PEFT, opens",
     "plot": "curves of one or more runs",
     "doctor": "what this machine will use; what is wrong with a run",
 }
