@@ -140,7 +140,7 @@ def _continue(
         print(texts[0].shown_prompt, end="", flush=True)
     read = [begin if reads_source else begin + ids for ids in encoded]
     common: dict[str, Any] = {
-        "sources": [ids or begin for ids in encoded] if reads_source else None,
+        "sources": [(ids or begin)[: model.config.context] for ids in encoded] if reads_source else None,
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": stops,
         "banned_ids": banned,
@@ -210,10 +210,12 @@ def _prompt_of(line: str, where: str) -> str:
 
 def _warn_of_long_prompts(prompts: list[str], model: Transformer, tokenizer: Any) -> None:
     context = model.config.context
-    longest = max(len(_encode(tokenizer, prompt)) for prompt in prompts) + 1
-    if longest > context and model.config.shape == "decoder":
+    reads_source = model.config.shape == "encoder-decoder"
+    longest = max(len(_encode(tokenizer, prompt)) for prompt in prompts) + (not reads_source)
+    if longest > context:
+        part = "beginning" if reads_source else "end"
         print(
-            f"warning: a prompt has {longest} tokens, the model's context {context}: only its end is read",
+            f"warning: a prompt has {longest} tokens, the model's context {context}: only its {part} is read",
             file=sys.stderr,
         )
 

@@ -135,6 +135,14 @@ def test_a_prompt_beyond_the_context_is_announced(capsys) -> None:
     assert "warning" not in run(capsys, "--prompt", "x" * 31, "--max-new-tokens", "1")[1]
 
 
+def test_a_source_beyond_the_context_is_cut_and_announced(capsys, loaded) -> None:
+    loaded("encoder-decoder")
+    argv = ["--max-new-tokens", "8", "--temperature", "0"]
+    (cut, warned), (whole, quiet) = (run(capsys, "--prompt", text, *argv) for text in ("fox " * 9, "fox " * 8))
+    assert cut == whole and "a prompt has 36 tokens, the model's context 32: only its beginning is read" in warned
+    assert "warning" not in quiet
+
+
 def test_bad_input_is_refused_in_one_line(capsys, tmp_path: Path, loaded) -> None:
     empty, latin, broken, keyless = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl"))
     empty.write_text("\n\n")
