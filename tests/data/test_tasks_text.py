@@ -87,7 +87,7 @@ def test_packing_fits_and_is_tight() -> None:
 @pytest.mark.parametrize(
     "fields, problem",
     [
-        ({"question": "x", "reply": "y"}, "f.jsonl:1: has neither 'messages' nor 'instruction' and 'output', only 'question', 'reply'"),
+        ({"question": "x", "reply": "y"}, "has neither 'messages' nor 'instruction' and 'output', only 'question'"),
         ({"instruction": "x"}, "f.jsonl:1: has no 'output'"),
         ({"instruction": " ", "output": "y"}, "f.jsonl:1: 'instruction' is empty"),
         ({"messages": "x"}, 'f.jsonl:1: "messages" is no list of objects'),
