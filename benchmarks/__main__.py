@@ -6,6 +6,8 @@ generation   tokens a second with and without KV cache, beside Transformers
 tokenizer    compression and speed of the tokenizer
 finetuning   every method of finetuning beside training from scratch, on sentences in three classes
 tasks        the default run of each task: its time, and what it beats
+unbalanced   what helps a rare class: weights, balanced batches, a tuned threshold
+forgetting   the old task's loss before and after a finetuning, and what keeps it
 tables       writes the README's tables anew from the results
 """
 
@@ -65,6 +67,18 @@ def tasks(arguments: argparse.Namespace) -> int:
     return tasks.run(arguments.task or [], given, arguments.work, arguments.out, quick=arguments.quick)
 
 
+def unbalanced(arguments: argparse.Namespace) -> int:
+    from benchmarks import unbalanced
+
+    return unbalanced.run(arguments.seeds, arguments.work, arguments.out, quick=arguments.quick)
+
+
+def forgetting(arguments: argparse.Namespace) -> int:
+    from benchmarks import forgetting
+
+    return forgetting.run(arguments.work, arguments.out, quick=arguments.quick)
+
+
 def tables(arguments: argparse.Namespace) -> int:
     from benchmarks import tables
 
@@ -108,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--encoder", type=Path, metavar="RUN", help="a run of mlm-tiny (default: pretrains one)")
     added.add_argument("--decoder", type=Path, metavar="RUN", help="a run of default (default: pretrains one)")
     work = ROOT / "runs/tasks"
+    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
+    added = command(unbalanced, "what helps a rare class", quick="two steps of each")
+    added.add_argument("--seeds", type=int, default=1, metavar="N", help="times that all folds are run (1)")
+    work = ROOT / "runs/unbalanced"
+    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
+    added = command(forgetting, "what keeps the old task", quick="two steps of each")
+    work = ROOT / "runs/forgetting"
     added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
     added = command(tables, "the README's tables", quick=None)
     added.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="the file to rewrite")

@@ -202,6 +202,40 @@ def tasks(results: Path) -> str:
     return markdown(header, body) + f"\n\n{note}"
 
 
+def unbalanced(results: Path) -> str:
+    """A line for each way to train and to decide: the rare class over all folds."""
+    rows = _measured(records.load(results / "unbalanced.json"))
+    if not rows:
+        return _missing("python -m benchmarks unbalanced")
+    ways = {"alike": "every example alike", "weighted": "class weights", "balanced": "balanced batches"}
+    body = []
+    for way, title in ways.items():
+        found = [row for row in rows if row["way"] == way]
+        for decides, which in (("likelier", "the likelier class"), ("threshold", "the tuned threshold")):
+            names = ("f1", "precision", "recall", "macro_f1")
+            if found:
+                body.append([title, which, *(_deviation([row[decides][name] for row in found]) for name in names)])
+    header = ["training", "decided by", "F1 of the rare class", "its precision", "its recall", "macro F1"]
+    runs, rare = len({(row["seed"], row["fold"]) for row in rows}), rows[0]["rare"]
+    note = f"Mean ± standard deviation over {runs} folds of {rows[0]['examples']} held-out examples, {rare} rare ones. "
+    return markdown(header, body) + f"\n\n{note}{rows[-1]['device']}, one thread. {_versions(rows)}"
+
+
+def forgetting(results: Path) -> str:
+    """A line for each thing that is done against it: losses on both tasks, before and after."""
+    rows = _measured(records.load(results / "forgetting.json"))
+    if not rows:
+        return _missing("python -m benchmarks forgetting")
+    names = ("new_before", "new_after", "old_before", "old_after")
+    body = [
+        [row["way"], *(f"{row[name]:.3f}" for name in names), f"{row['old_after'] - row['old_before']:+.3f}"]
+        for row in rows
+    ]
+    header = ["against forgetting", "replies before", "after", "source before", "after", "forgotten"]
+    note = f"Nats per token on held-out text, one run each. {rows[-1]['device']}, one thread. {_versions(rows)}"
+    return markdown(header, body) + f"\n\n{note}"
+
+
 def _deviation(values: Sequence[float]) -> str:
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
@@ -218,6 +252,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tokenizer": tokenizer,
     "finetuning": finetuning,
     "tasks": tasks,
+    "unbalanced": unbalanced,
+    "forgetting": forgetting,
 }
 
 
