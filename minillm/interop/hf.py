@@ -59,7 +59,7 @@ def read_hf(folder: str | Path) -> HFModel:
     family, fields = FAMILIES[name], Fields(values, str(folder / "config.json"))
     if "quantization_config" in values:
         raise UserError(f"{fields.where}: quantization_config is set; give the model in fp32, bf16 or fp16")
-    task, head = TASK_HEADS.get(architecture or ""), None
+    task = TASK_HEADS.get(architecture or "")
     prefixes = (task.prefix, family.prefix) if task is not None and task.prefix else (family.prefix,)
     tensors = _plain(family, read_tensors(folder), prefixes, folder, fields.notes)
     lm = task is None and (family.architectures[architecture] if architecture else any(map(in_head, tensors)))
@@ -72,6 +72,9 @@ def read_hf(folder: str | Path) -> HFModel:
         fields.notes.append(f"weights in {', '.join(sorted(kinds))} were read as fp32")
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     pooler = {name.removeprefix("pooler."): weights.pop(name) for name in _POOLER if name in weights}
+    if head is not None and head["task_head.weight"].shape[1] != config.dim:
+        shape = tuple(head["task_head.weight"].shape)
+        raise UserError(f"{folder}: the head's weight has the shape {shape}, and the states are {config.dim} wide")
     if task is not None and task.pooler and not pooler:
         raise UserError(f"{folder}: the tensor pooler.dense.weight is missing, which {architecture} asks for")
     return HFModel(config, weights, fields.notes, pooler or None, section, head)

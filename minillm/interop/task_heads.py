@@ -71,15 +71,25 @@ def read_task(head: TaskHead, hf: Fields, tensors: dict[str, Tensor]) -> tuple[d
     for name in names:
         if name not in tensors:
             raise UserError(f"{hf.where}: the tensor {name} is missing, which the architecture asks for")
-    found = {name.rpartition(".")[2]: tensors.pop(name).float() for name in names}
-    outputs = len(found["weight"])
+    found = {name.rpartition(".")[2]: tensors.pop(name) for name in names}
+    outputs = found["weight"].shape[0] if found["weight"].dim() == 2 else 0
+    if not outputs or found.get("bias", found["weight"][:, 0]).shape != (outputs,):
+        shapes = " and ".join(f"{part} {tuple(x.shape)}" for part, x in found.items())
+        raise UserError(f"{hf.where}: {head.module} has a {shapes}, which is no linear layer")
+    for part, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{hf.where}: {head.module}.{part} holds {tensor.dtype}, not floating-point numbers")
     name, info = _meaning(head, hf, outputs)
     own = hf.get(OWN, {}, dict)
-    threshold = own.get("threshold") or [None] * outputs
-    if len(threshold) != outputs or not all(x is None or isinstance(x, int | float) for x in threshold):
+    threshold = own.get("threshold", [None] * outputs)
+    if (
+        not isinstance(threshold, list)
+        or len(threshold) != outputs
+        or not all(x is None or isinstance(x, int | float) for x in threshold)
+    ):
         raise UserError(f"{hf.where}: {OWN}.threshold is no list of {outputs} numbers; restore the file, or remove it")
     config = HeadConfig(outputs=outputs, pool=head.pool, pooler=head.pooler, bias=head.bias)
-    weights = {f"task_head.{part}": tensor for part, tensor in found.items()}
+    weights = {f"task_head.{part}": tensor.float() for part, tensor in found.items()}
     weights["threshold"] = torch.tensor([torch.nan if x is None else float(x) for x in threshold])
     return {"name": name, "head": asdict(config), "info": info}, weights
 

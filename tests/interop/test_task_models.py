@@ -107,6 +107,8 @@ def test_what_the_outputs_mean_comes_along(said, labels, task, info, tmp_path: P
         ({"id2label": {"0": "a", "1": "b"}}, "id2label does not give each of the 3 outputs a name"),
         ({"id2label": {"0": "a", "1": "b", "2": "b"}}, "id2label does not give each of the 3 outputs a name"),
         ({"minillm": {"threshold": [0.5]}}, "minillm.threshold is no list of 3 numbers"),
+        ({"minillm": {"threshold": 0.5}}, "minillm.threshold is no list of 3 numbers"),
+        ({"minillm": {"threshold": [0.5, "a", None]}}, "minillm.threshold is no list of 3 numbers"),
         ({"architectures": ["BertForMultipleChoice"]}, "the architecture BertForMultipleChoice is not supported"),
         (
             {"architectures": ["GPT2ForTokenClassification"]},
@@ -131,6 +133,27 @@ def test_a_head_or_pooler_that_is_missing_and_rows_of_another_make(tmp_path: Pat
     rewrite(tmp_path, {**good, "score.weight": good["classifier.weight"].clone()})
     with pytest.raises(UserError, match=r"the tensor score\.weight is surplus"):
         read_hf(tmp_path)
+    for name, tensor, said in (
+        (
+            "classifier.weight",
+            torch.zeros(3, 8),
+            r"the head's weight has the shape \(3, 8\), and the states are 16 wide",
+        ),
+        (
+            "classifier.weight",
+            torch.zeros(3),
+            r"classifier has a weight \(3,\) and bias \(3,\), which is no linear layer",
+        ),
+        (
+            "classifier.bias",
+            torch.zeros(2),
+            r"classifier has a weight \(3, 16\) and bias \(2,\), which is no linear layer",
+        ),
+        ("classifier.weight", torch.zeros(3, 16, dtype=torch.int8), r"classifier\.weight holds torch\.int8"),
+    ):
+        rewrite(tmp_path, {**good, name: tensor})
+        with pytest.raises(UserError, match=said):
+            read_hf(tmp_path)
     rewrite(tmp_path, good)
     load_hf(tmp_path)
     bare = {**json.loads(tokenizer.content), "post_processor": None}
