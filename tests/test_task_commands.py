@@ -118,6 +118,17 @@ def test_a_beam_search_writes_what_is_predicted_and_what_is_scored(
     assert scores[0] < 1 and scores[1:] == [0.0, 1.0]
 
 
+def test_a_preferences_prompts_are_answered(decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the training file has them, with or without what is preferred; a text, and messages."""
+    said = [{"role": "user", "content": "the fox"}]
+    asked = [{"prompt": "the fox", "chosen": "rain", "rejected": "hills"}, {"prompt": said}, {"instruction": "the fox"}]
+    for task in ("preference", "chat"):
+        argv = ["--task", task, "--input", lines(tmp_path / "ask.jsonl", asked), "--max-new-tokens", 3]
+        found = rows(minillm(capsys, "predict", decoder, *argv).out)
+        assert [answer["messages"] for answer in found] == [said] * 3
+        assert len({answer["reply"] for answer in found}) == 1 and found[0]["reply"]
+
+
 @pytest.mark.parametrize("task, key", [("lm", "text"), ("chat", "instruction"), ("seq2seq", "source")])
 def test_an_input_beyond_the_context_is_answered_and_says_so(
     task: str, key: str, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -199,14 +210,16 @@ def test_a_plain_decoder_is_scored_as_a_language_model(
         ("evaluate", ["--task", "chat", "--data", "x.jsonl", "--beams", "2"], "--beams is for --task seq2seq"),
         ("predict", ["--task", "lm", "--input", "{wrong}"], "has no 'text', only 'foo'"),
         ("predict", ["--task", "chat", "--input", "{wrong}"], "has neither 'messages' nor 'instruction'"),
+        ("predict", ["--task", "preference", "--input", "{prompts}"], "message 0 has no 'content'; give both"),
         ("embed", ["--input", "x.jsonl"], "x.jsonl does not exist"),
     ],
 )
 def test_what_a_model_cannot_do_is_said_in_one_line(
     name: str, argv: list[str], words: str, decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = lines(tmp_path / "wrong.jsonl", [{"foo": 1}])
-    done = minillm(capsys, name, decoder, *(word.format(wrong=wrong) for word in argv))
+    names = {"wrong": [{"foo": 1}], "prompts": [{"prompt": [{"role": "user"}]}]}
+    files = {name: lines(tmp_path / f"{name}.jsonl", made) for name, made in names.items()}
+    done = minillm(capsys, name, decoder, *(word.format(**files) for word in argv))
     assert done.code == 2 and words in done.err and done.err.startswith("error: ") and done.err.count("\n") == 1
 
 

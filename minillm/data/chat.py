@@ -31,20 +31,14 @@ class ChatExample:
 
 def read_chat(records: Sequence[Record], *, labelled: bool = True) -> list[ChatExample]:
     """Raises `UserError`, with the record's place, for wrong columns, empty messages, and, with `labelled`, a
-    conversation without a reply. Without it, an "output" is neither asked for nor read."""
+    conversation without a reply. Without it, an "output" is neither asked for nor read, and {"prompt"}, as `preference`
+    has it, is a conversation too."""
     return [_example(record, labelled) for record in records]
 
 
 def _example(record: Record, labelled: bool) -> ChatExample:
     if "messages" in record.fields:
-        messages = record.fields["messages"]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            record.fail('"messages" is no list of objects; give [{"role": …, "content": …}, …]')
-        for number, message in enumerate(messages):
-            if missing := {"role", "content"} - message.keys():
-                record.fail(f"message {number} has no {' and no '.join(sorted(map(repr, missing)))}; give both")
-            if isinstance(message["content"], str):
-                record.checked(message["content"], f"content of message {number}")
+        messages = _messages(record, "messages")
     elif "instruction" in record.fields or "output" in record.fields:
         record.require(("instruction", "output") if labelled else ("instruction",), "chat")
         question = record.text("instruction")
@@ -53,12 +47,33 @@ def _example(record: Record, labelled: bool) -> ChatExample:
         messages = [{"role": "user", "content": question}]
         if labelled:
             messages.append({"role": "assistant", "content": record.text("output")})
+    elif "prompt" in record.fields and not labelled:
+        messages = prompt_messages(record)
     else:
         there = ", ".join(map(repr, record.fields)) or "nothing"
         record.fail(f"has neither 'messages' nor 'instruction' and 'output', only {there}: rename the columns")
     if labelled and not any(message["role"] == "assistant" for message in messages):
         record.fail("has no message of the assistant, so nothing to learn; give a reply, or delete the record")
     return ChatExample(record, tuple(messages))
+
+
+def prompt_messages(record: Record) -> list[Mapping[str, str]]:
+    """What "prompt" says: a text, which the user says, or a list of messages."""
+    if isinstance(record.fields["prompt"], list):
+        return _messages(record, "prompt")
+    return [{"role": "user", "content": record.text("prompt")}]
+
+
+def _messages(record: Record, key: str) -> list[Mapping[str, str]]:
+    messages = record.fields[key]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        record.fail(f'"{key}" is no list of objects; give [{{"role": …, "content": …}}, …]')
+    for number, message in enumerate(messages):
+        if missing := {"role", "content"} - message.keys():
+            record.fail(f"message {number} has no {' and no '.join(sorted(map(repr, missing)))}; give both")
+        if isinstance(message["content"], str):
+            record.checked(message["content"], f"content of message {number}")
+    return messages
 
 
 def encode_conversation(example_record: Record, messages: Sequence[Mapping[str, str]], encode: EncodeChat):

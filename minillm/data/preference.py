@@ -13,7 +13,7 @@ import numpy as np
 
 from minillm.config import UserError
 from minillm.data.batch import IGNORED, Batch
-from minillm.data.chat import EncodeChat, encode_conversation
+from minillm.data.chat import EncodeChat, encode_conversation, prompt_messages
 from minillm.data.records import Record
 from minillm.data.tasks import CUT_LIMIT, check_cut, source_of, text_batch
 
@@ -34,10 +34,8 @@ def read_preferences(records: Sequence[Record]) -> list[PreferenceExample]:
 
 def _example(record: Record) -> PreferenceExample:
     record.require(("prompt", "chosen", "rejected"), "preference")
-    prompt = record.fields["prompt"]
-    if not isinstance(prompt, list):
-        prompt = [{"role": "user", "content": record.text("prompt")}]
-    return PreferenceExample(record, tuple(prompt), record.text("chosen"), record.text("rejected"))
+    prompt = tuple(prompt_messages(record))
+    return PreferenceExample(record, prompt, record.text("chosen"), record.text("rejected"))
 
 
 class PreferenceData:
