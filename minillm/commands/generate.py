@@ -13,6 +13,7 @@ import tyro
 from minillm.config import UserError
 from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
+from minillm.inference.reader import room
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import TextStream, stop_and_banned
 from minillm.loading import load
@@ -68,6 +69,8 @@ def main(argv: list[str]) -> int:
     streams_live = len(prompts) == 1 and not args.json and args.beams == 1 and sys.stdout.isatty()
     device = choose_device(args.device).type
     model, tokenizer = load(args.model)
+    if model.decoder is None:
+        raise UserError(f"{args.model} is an encoder: it cannot generate text; take a decoder or an encoder-decoder")
     model = _place(model, device, args.dtype)
     _warn_of_long_prompts(prompts, model, tokenizer)
 
@@ -209,8 +212,8 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _warn_of_long_prompts(prompts: list[str], model: Transformer, tokenizer: Any) -> None:
-    context = model.config.context
     reads_source = model.config.shape == "encoder-decoder"
+    context = model.config.context if reads_source else room(model)
     longest = max(len(_encode(tokenizer, prompt)) for prompt in prompts) + (not reads_source)
     if longest > context:
         part = "beginning" if reads_source else "end"

@@ -26,6 +26,11 @@ def window_start(tokens: int, context: int) -> int:
     return max(0, -(-(tokens - context) // jump) * jump)
 
 
+def room(model: Transformer) -> int:
+    """Tokens that a decoder can read at a time: its context, less what a prefix or a soft prompt takes of it."""
+    return model.config.context - model.decoder.front.length
+
+
 class Reader:
     """Reads growing texts with one model.
 
@@ -40,7 +45,7 @@ class Reader:
     ):
         self.model, self.new_tokens = model, new_tokens
         self.device = model.embedding.weight.device
-        self.context = model.config.context - model.decoder.front.length
+        self.context = room(model)
         self.use_cache = use_cache and self.context > 1  # of one token there is nothing to remember
         self.cache: KVCache | None = None
         self.starts: list[int] = []

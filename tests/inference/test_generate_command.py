@@ -12,6 +12,8 @@ from minillm.config import ModelConfig, UserError
 from minillm.inference.beam import beam_search
 from minillm.inference.stream import stop_and_banned
 from minillm.model.transformer import Transformer
+from minillm.peft.config import MethodConfig
+from minillm.peft.inject import inject
 
 TEXT = "the quick brown fox jumps over the lazy dog, 0123456789.\n" * 3
 
@@ -127,12 +129,15 @@ def test_an_encoder_decoder_reads_the_prompt_as_its_source(capsys, loaded) -> No
     assert not one.startswith("the quick"), "its text is an answer, no continuation"
 
 
-def test_a_prompt_beyond_the_context_is_announced(capsys) -> None:
+def test_a_prompt_beyond_the_context_is_announced(capsys, loaded) -> None:
     assert (
         "a prompt has 33 tokens, the model's context 32"
         in run(capsys, "--prompt", "x" * 32, "--max-new-tokens", "1")[1]
     )
     assert "warning" not in run(capsys, "--prompt", "x" * 31, "--max-new-tokens", "1")[1]
+    inject(loaded(), MethodConfig(method="prompt", length=4))
+    told = run(capsys, "--prompt", "x" * 31, "--max-new-tokens", "1")[1]
+    assert "a prompt has 32 tokens, the model's context 28" in told
 
 
 def test_a_source_beyond_the_context_is_cut_and_announced(capsys, loaded) -> None:
