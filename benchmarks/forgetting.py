@@ -20,7 +20,7 @@ from minillm.training.signals import Signals, Stopped
 
 FILE = "forgetting.json"
 PRETRAIN = ["--preset", "default", "--steps", "300"]
-TUNE = ["--task", "chat", "--steps", "60"]
+TUNE = ["--task", "chat", "--steps", "60", "--train.eval-every", "20"]
 WAYS = {
     "nothing": [],
     "replay 1": ["--replay", "1"],

@@ -30,7 +30,7 @@ from minillm.training.signals import Signals, Stopped
 
 FILE, DATA, FOLDS = "unbalanced.json", "stdlib-unbalanced", 3
 PRETRAIN = ["--preset", "mlm-tiny", "--steps", "200", "--train.sample-tokens", "2"]
-TUNE = ["--task", "classify", "--data", DATA, "--epochs", "3"]
+TUNE = ["--task", "classify", "--data", DATA, "--epochs", "3", "--train.eval-every", "40"]
 WAYS = {"alike": ["--class-weights", "off"], "weighted": ["--class-weights", "on"], "balanced": ["--balance"]}
 QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}
 

@@ -207,3 +207,6 @@ def test_rare_classes_are_made_up_for_once(
     assert done.code == 0 and ("weights " in done.err) == (option in ([], ["--threshold", "off"]))
     threshold = open_model(run).model.threshold
     assert threshold.isnan().all().item() == (option == ["--threshold", "off"])
+    metrics = json.loads((run / "result.json").read_text())["metrics"]
+    (found, missed), (false, _) = metrics["confusion"]  # blue comes first, and is the rare one
+    assert metrics["rare_f1"] == pytest.approx(2 * found / max(1, 2 * found + missed + false))

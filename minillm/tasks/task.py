@@ -146,12 +146,15 @@ class Task:
     needs_start: ClassVar[bool] = False
     """Whether it compares itself with the model as it was."""
 
-    def tune(self, model: nn.Module, data: TaskData) -> None:
-        """Chooses thresholds on validation data, and puts them into the model."""
-
     def metrics(self, model: nn.Module, data: TaskData, means: Means, start: nn.Module | None) -> dict[str, float]:
         """What is cheap enough for every validation."""
         return {}
+
+    def tuned_metrics(
+        self, model: nn.Module, data: TaskData, means: Means, start: nn.Module | None
+    ) -> dict[str, float]:
+        """As `metrics`, on validation data, by which thresholds are chosen first and put into the model."""
+        return self.metrics(model, data, means, start)
 
     def final_metrics(
         self, model: nn.Module, data: TaskData, means: Means, start: nn.Module | None

@@ -19,7 +19,13 @@ from minillm.data.labels import Labels, Scale, TextData, TextExample, classify_t
 from minillm.data.labels import read_regress as read_numbers
 from minillm.data.records import Record
 from minillm.data.sampling import class_weights
-from minillm.evaluation.classification import best_threshold, classification_scores, confusion, multilabel_scores
+from minillm.evaluation.classification import (
+    best_threshold,
+    class_scores,
+    classification_scores,
+    confusion,
+    multilabel_scores,
+)
 from minillm.evaluation.regression import regression_scores
 from minillm.model.heads import HeadConfig, pooled_head
 from minillm.tasks.task import Means, Task, outputs
@@ -107,18 +113,20 @@ class Classify(Task):
             chosen = np.where(p[:, rare] >= threshold[rare], rare, 1 - rare)
         return chosen
 
-    def tune(self, model: Any, data: TextData) -> None:
-        """Thresholds for every label of multi-label data, and for the rare one of two unbalanced classes."""
-        if not self.threshold:
-            return
-        p, truth = self.probabilities(model, data), data.targets
-        if not self.labels.multi:
-            if len(self.labels.names) != 2 or not self.unbalanced:
-                return
-            truth = np.eye(2)[truth]
-        for label in range(len(self.labels.names)) if self.labels.multi else [int(np.argmin(self.counts))]:
+    @property
+    def tuned(self) -> Sequence[int]:
+        """The labels that have a threshold: each of multi-label data, and the rare one of two unbalanced classes."""
+        if not self.threshold or not (self.labels.multi or (len(self.labels.names) == 2 and self.unbalanced)):
+            return ()
+        return range(len(self.labels.names)) if self.labels.multi else [int(np.argmin(self.counts))]
+
+    def tuned_metrics(self, model: Any, data: TextData, means: Means, start: nn.Module | None) -> dict[str, float]:
+        p = self.probabilities(model, data)
+        truth = data.targets if self.labels.multi else np.eye(len(self.labels.names))[data.targets]
+        for label in self.tuned:
             if truth[:, label].any():
                 model.threshold[label] = best_threshold(truth[:, label], p[:, label])[0]
+        return self._scores(data.targets, self.decide(p, model))
 
     def metrics(self, model: nn.Module, data: TextData, means: Means, start: nn.Module | None) -> dict[str, float]:
         return self._scores(data.targets, self.decide(self.probabilities(model, data), model))
@@ -129,6 +137,8 @@ class Classify(Task):
         if not self.labels.multi:
             table = confusion(data.targets, decided, len(self.labels.names))
             scores["labels"], scores["confusion"] = list(self.labels.names), table.tolist()
+            if self.unbalanced:
+                scores["rare_f1"] = float(class_scores(table)["f1"][int(np.argmin(self.counts))])
         return scores
 
     def _scores(self, truth: np.ndarray, decided: np.ndarray) -> dict[str, float]:

@@ -132,11 +132,12 @@ class SpanQA(Task):
         lead = 0.0 if np.isnan(threshold) else threshold
         return [a.text if not self.unanswerable or a.score - a.null > lead else "" for a in found]
 
-    def tune(self, model: Any, data: SpanData) -> None:
+    def tuned_metrics(self, model: Any, data: SpanData, means: Means, start: nn.Module | None) -> dict[str, float]:
+        found, golden = self._found(model, data), _golden(data.examples)
         if self.unanswerable:
-            found = self._found(model, data)
             margins = np.array([answer.score - answer.null for answer in found])
-            model.threshold[0] = best_null_threshold([a.text for a in found], margins, _golden(data.examples))[0]
+            model.threshold[0] = best_null_threshold([a.text for a in found], margins, golden)[0]
+        return answer_scores(self._given(found, model), golden)
 
     def metrics(self, model: nn.Module, data: SpanData, means: Means, start: nn.Module | None) -> dict[str, float]:
         return answer_scores(self._given(self._found(model, data), model), _golden(data.examples))

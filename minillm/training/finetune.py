@@ -123,8 +123,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     _write_baseline(work)
 
     def metrics(model: nn.Module) -> dict[str, float]:
-        task.tune(model, held_out)
-        return task.metrics(model, held_out, means, start)
+        return task.tuned_metrics(model, held_out, means, start)
 
     torch.manual_seed(settings.seed + 1)  # dropout's stream, whatever planning drew
     scale = None if work.layer_decay == 1.0 else partial(_layer_scale, adapted, work.layer_decay)
