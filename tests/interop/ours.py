@@ -1,9 +1,12 @@
 """Small models and tokenizers of ours, to be exported."""
 
+import copy
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import tokenizer
-from minillm.config import ModelConfig, from_dict, merge
+from minillm.config import ModelConfig, from_dict, merge, to_dict
 from minillm.model.transformer import Transformer
 from tests.model.configs import build
 
@@ -76,3 +79,22 @@ def model_of(family: str, vocab_size: int, **changes: Any) -> Transformer:
 
     values = merge({**_BLOCKS, **SHAPES[family], "vocab_size": vocab_size}, changes)
     return build(from_dict(ModelConfig, values), torch.float32)
+
+
+def finetuned_run(folder: Path, model: Transformer, tokenizer: tokenizer.Tokenizer, method: dict[str, Any]) -> Path:
+    """A run folder of `--task chat` by this method, every weight that it moves shaken."""
+    from minillm.peft.config import MethodConfig
+    from minillm.peft.inject import inject
+    from minillm.training import checkpoint
+    from tests.peft.helpers import move
+
+    config = MethodConfig(**method)
+    adapted = inject(copy.deepcopy(model), config)
+    move(adapted.model)
+    tokenizer.save(folder / "tokenizer")
+    task = {"name": "chat", "head": None, "info": {}}
+    values = {"format": 1, "settings": {"model": to_dict(model.config)}, "task": task, "method": asdict(config)}
+    checkpoint.save(
+        folder, 3, weights=adapted.model.state_dict(), state={}, config=values, tokenizer=folder / "tokenizer", keep=1
+    )
+    return folder

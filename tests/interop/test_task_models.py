@@ -15,8 +15,8 @@ from minillm.interop.hf import build, load_hf, read_hf
 from minillm.interop.hf_tokenizer import HFTokenizer
 from minillm.loading import open_model
 from minillm.model.heads import HeadConfig, TaskModel, pooled_head
-from tests.finetuning import FAST, base, classify_file, lines, minillm, records
-from tests.interop.ours import model_of, tokenizer_of
+from tests.finetuning import FAST, classify_file, minillm
+from tests.interop.ours import finetuned_run, model_of, tokenizer_of
 from tests.interop.test_hf_in import rewrite, set_config, tensors_of
 from tests.interop.test_hf_tokenizer import byte_level, wordpiece
 from tests.interop.theirs import make, save
@@ -294,14 +294,14 @@ def test_a_classifier_on_an_imported_bert_begins_with_its_pooler(tmp_path: Path,
     assert minillm(capsys, "import", theirs, "--out", tmp_path / "imported").code == 0
     pooler = tensors_of(theirs)["pooler.dense.weight"]
     data = classify_file(tmp_path / "data.jsonl")
+    assert torch.equal(open_model(theirs).pooler["weight"], pooler)
+    run = tmp_path / "run"
     argv = ["--task", "classify", "--data", data, "--steps", 1, "--method", "lora", *FAST, "--optim.lr", 1e-9]
-    for start in (theirs, tmp_path / "imported"):
-        run = tmp_path / f"run-{start.name}"
-        done = minillm(capsys, "finetune", start, *argv, "--out", run)
-        assert done.code == 0, done.err
-        opened = open_model(run)
-        assert opened.model.head_config.pooler and (opened.model.pooler.weight - pooler).abs().max() < 1e-6
-        assert open_model(run).pooler.keys() == {"weight", "bias"}
+    done = minillm(capsys, "finetune", tmp_path / "imported", *argv, "--out", run)
+    assert done.code == 0, done.err
+    opened = open_model(run)
+    assert opened.model.head_config.pooler and (opened.model.pooler.weight - pooler).abs().max() < 1e-6
+    assert opened.pooler.keys() == {"weight", "bias"}
     assert export_command([str(run), "--out", str(tmp_path / "out")]) == 0
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert opened.config.id2label == {0: "blue", 1: "red"}
@@ -331,12 +331,13 @@ def test_an_imported_pooler_goes_out_with_the_body(tmp_path: Path, capsys) -> No
 
 
 def test_a_method_that_transformers_lacks_is_refused(tmp_path: Path, capsys) -> None:
-    start, data = base(tmp_path / "base"), lines(tmp_path / "data.jsonl", records("chat"))
-    argv = ["--task", "chat", "--data", data, "--out", tmp_path / "run", "--steps", 1, "--method", "adapter", *FAST]
-    assert minillm(capsys, "finetune", start, *argv).code == 0
-    done = minillm(capsys, "export", tmp_path / "run", "--out", tmp_path / "out")
-    assert done.code == 2 and "method=adapter" in done.err and done.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    tokenizer = tokenizer_of("bpe")
+    model = model_of("llama", tokenizer.vocab_size)
+    for method in ("adapter", "prefix", "prompt"):
+        run = finetuned_run(tmp_path / method, model, tokenizer, {"method": method, "length": 3})
+        done = minillm(capsys, "export", run, "--out", tmp_path / "out")
+        assert done.code == 2 and f"method={method}" in done.err and done.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_head_of_a_folder_is_built(tmp_path: Path) -> None:
