@@ -104,7 +104,7 @@ class Resume:
     """Options with which a run can go on; everything else stands in its config.json."""
 
     resume: str
-    """Folder of the run."""
+    """Folder of the run; of --method all or --folds that of all its runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     log: str | None = None
     steps: int | None = None

@@ -4,6 +4,7 @@ Each is a process of its own, with a run of its own in OUT/<name>. OUT/<file> ho
 as soon as there is one, so that `minillm finetune --resume OUT` does what is missing.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def go_on(series: Series, folder: Path, signals: Signals) -> int:
             signals.poll()
             if code and series.needs_all and not state["results"] and not (folder / name).exists():
                 (folder / series.file).unlink()  # the run said what is wrong before it began, and so would all
-                folder.rmdir()
+                with contextlib.suppress(OSError):  # it may be where we stand
+                    folder.rmdir()
                 return code
             if code > 128 or (code and series.needs_all):
                 return _ended(folder, code)
