@@ -4,6 +4,7 @@ kernels      every Triton kernel against its peers; --codegen: what the compiler
 tune         finds the launch choices of this GPU and rewrites kernels/tuned/
 generation   tokens a second with and without KV cache, beside Transformers
 tokenizer    compression and speed of the tokenizer
+learning     what each lever of the speed recipe gains; how soon it gets where nanoGPT gets
 finetuning   every method of finetuning beside training from scratch, on sentences in three classes
 tasks        the default run of each task: its time, and what it beats
 unbalanced   what helps a rare class: weights, balanced batches, a tuned threshold
@@ -51,6 +52,15 @@ def tokenizer(arguments: argparse.Namespace) -> int:
     from benchmarks import tokenizer
 
     return tokenizer.run(arguments.out, quick=arguments.quick)
+
+
+def learning(arguments: argparse.Namespace) -> int:
+    from benchmarks import learning
+
+    given = arguments.part or learning.PARTS
+    return learning.run(
+        arguments.text, arguments.nanogpt, given, arguments.seeds, arguments.work, arguments.out, quick=arguments.quick
+    )
 
 
 def finetuning(arguments: argparse.Namespace) -> int:
@@ -113,6 +123,13 @@ def parser() -> argparse.ArgumentParser:
     added = command(generation, "tokens a second", quick="a tiny model, few tokens")
     added.add_argument("--model", metavar="MODEL", help="a preset's name or a MODEL folder (default: gpt2)")
     command(tokenizer, "compression, MB a second", quick="a small part of the corpus")
+    added = command(learning, "loss against tokens, seconds and FLOPs", quick="a few steps of each")
+    added.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare (default: nanoGPT's input.txt)")
+    added.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT to train beside ours")
+    added.add_argument("--part", action="append", metavar="P", help="peer, short, equal, long, default or ladder (all)")
+    added.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each rung of the ladder (2)")
+    work = ROOT / "runs/learning"
+    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
     added = command(finetuning, "methods of finetuning", quick="two steps of each")
     added.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of sst3-*.jsonl")
     work = ROOT / "runs/finetuning"

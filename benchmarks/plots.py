@@ -80,3 +80,42 @@ def _draw(key: tuple[str, str, str], rows: list[Row], out: Path) -> Path:
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return path
+
+
+def draw_ladder(rows: Sequence[Row], path: Path) -> Path:
+    """Validation bits per byte of every rung against tokens, seconds and FLOPs, a line of panels for each corpus.
+
+    The mean over the seeds. Raises ValueError where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the figures need matplotlib: pip install -e '.[plots]'") from error
+    ladder = [row for row in rows if row["kernel"] == "ladder"]
+    corpora = list(dict.fromkeys(row["shape"]["corpus"] for row in ladder))
+    figure = Figure(figsize=(13, 4 * len(corpora)), layout="constrained")
+    axes = figure.subplots(len(corpora), 3, squeeze=False, sharey="row")
+    for line, corpus in zip(axes, corpora, strict=True):
+        found = [row for row in ladder if row["shape"]["corpus"] == corpus]
+        for rung in sorted({row["shape"]["rung"] for row in found}):
+            seeds = [row for row in found if row["shape"]["rung"] == rung]
+            for place, (unit, factor) in zip(line, _units(seeds[0]).items(), strict=True):
+                x = [factor * point["seconds" if unit == "seconds" else "tokens"] for point in seeds[0]["curve"]]
+                curves = [[point["bits_per_byte"] for point in row["curve"]] for row in seeds]
+                mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+                colour = COLOURS[rung % len(COLOURS)]
+                style = "-" if rung < len(COLOURS) else "--"
+                label = ("+ " if rung else "") + seeds[0]["name"]
+                place.plot(x[1:], mean[1:], style, color=colour, marker="o", markersize=3, label=label)
+                place.set(xlabel=unit)
+                place.grid(alpha=0.3)
+        line[0].set(ylabel=f"bits per byte, {corpus}")
+    axes[0][0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    return path
+
+
+def _units(row: Row) -> dict[str, float]:
+    """What the x axes show, and by what tokens (or seconds) are multiplied for it."""
+    return {"tokens": 1.0, "seconds": 1.0, "FLOP": row["flops_per_token"]}

@@ -137,6 +137,8 @@ class SpeedrunConfig:
     """Rows of the table of each length."""
     ngram_dim: int = 64
     """Width of a table's rows."""
+    ngram_dropout: float = 0.0
+    """Share of the rows that training leaves out, each length by itself: for texts that are read several times."""
     mix: bool = False
     """Each block reads a · stream + b · embeddings, with a and b learned."""
 
@@ -147,6 +149,8 @@ class SpeedrunConfig:
         for name in ("ngram_rows", "ngram_dim"):
             value = getattr(self, name)
             _require(1 <= value < 2**31, f"speedrun.{name} must be between 1 and 2³¹, not {value}")
+        rate = self.ngram_dropout
+        _require(0 <= rate < 1, f"speedrun.ngram_dropout must be in [0, 1), not {rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

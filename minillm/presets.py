@@ -99,8 +99,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "data": {"separate": False},
         "model": _SPEEDRUN,
         "optim": {
-            "name": "muon", "lr": 6e-3, "embedding_lr": 0.05, "transfer": True,
-            "schedule": "wsd", "decay": 0.7, "final_lr": 0.0,
+            "name": "muon",
+            "lr": 6e-3,
+            "embedding_lr": 0.05,
+            "transfer": True,
+            "schedule": "wsd",
+            "decay": 0.7,
+            "final_lr": 0.0,
         },
         "train": {"batch": 16, "micro_batch": 16},
     },
@@ -118,6 +123,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "gpt2-tiny": {"steps": 200, "model": MODELS["gpt2-tiny"], "tokenizer": {"vocab_size": 512}},
     "llama-tiny": {"steps": 200, "model": MODELS["llama-tiny"], "tokenizer": {"vocab_size": 512}},
 }
+RUNS["speedrun-char"] = merge(RUNS["speedrun"], {"tokenizer": {"type": "char"}, "data": {"validation": 0.1}})
 for _name in MODELS:
     if _name not in RUNS:  # what is left needs a GPU; the tokenizer takes the model's vocabulary
         _vocab = {"vocab_size": MODELS[_name].get("vocab_size", 4096)}

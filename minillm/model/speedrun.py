@@ -7,6 +7,10 @@ a bigram). A look-up costs no product, and a table as much memory as its rows.
 
     x_t = E[t] + P · concat_n T_n[hash(ids of t − n + 1 … t) mod rows],      n = 2 … ngrams
 
+A long n-gram occurs few times in a small text, and then its row knows by heart what followed. In training a share of
+the rows is left out, each length by itself, so that a token must do with the shorter ones: as smoothed n-gram models
+fall back on these.
+
 Mixing in the embeddings: each block reads a · stream + b · x_0, with a and b learned, 1 and 0 at the start (x0 lambdas
 of modded-nanogpt): what the token was need not be carried through all blocks.
 
@@ -15,6 +19,7 @@ such a model is not exported.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
@@ -43,7 +48,7 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         sizes = config.speedrun
-        self.rows, self.back = sizes.ngram_rows, sizes.ngrams - 1
+        self.rows, self.back, self.left_out = sizes.ngram_rows, sizes.ngrams - 1, sizes.ngram_dropout
         self.tables = nn.ModuleList(nn.Embedding(sizes.ngram_rows, sizes.ngram_dim) for _ in range(self.back))
         self.project = nn.Linear(self.back * sizes.ngram_dim, config.dim, bias=False)
 
@@ -52,7 +57,10 @@ class NgramEmbedding(nn.Module):
         key, found = ids + 1, []
         for table, token in zip(self.tables, before, strict=True):
             key = (key * _MULTIPLIER + token) % _MODULUS
-            found.append(table(key * _MULTIPLIER % _MODULUS % self.rows))
+            row = table(key * _MULTIPLIER % _MODULUS % self.rows)  # [B, T, W]
+            if self.training and self.left_out:
+                row = row * F.dropout(row.new_ones(row.shape[:2]), self.left_out).unsqueeze(-1)
+            found.append(row)
         return self.project(torch.cat(found, -1))
 
 

@@ -52,6 +52,22 @@ def test_rows_are_used_evenly() -> None:
     assert counts.min() >= 8 and counts.max() <= 50, counts  # 25 on average
 
 
+def test_training_leaves_out_whole_rows_and_keeps_their_sum() -> None:
+    torch.manual_seed(9)
+    embed = NgramEmbedding(speedrun(speedrun={"ngrams": 3, "ngram_rows": 64, "ngram_dim": 4, "ngram_dropout": 0.25}))
+    with torch.no_grad():
+        for table in embed.tables:
+            table.weight.fill_(1.0)
+        embed.project.weight.zero_()[0, :4] = embed.project.weight[1, 4:] = 1.0  # feature 0: pairs, 1: threes
+    ids = torch.randint(29, (8, 500))
+    pairs, threes = embed(ids, tokens_before(ids, 2, None))[..., :2].unbind(-1)
+    for kept in (pairs, threes):
+        assert sorted(kept.unique().tolist()) == pytest.approx([0, 4 / 0.75])
+        assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert ((pairs == 0) & (threes == 0)).float().mean().item() == pytest.approx(0.0625, abs=0.02)
+    assert (embed.eval()(ids, tokens_before(ids, 2, None))[..., :2] == 4).all()
+
+
 def test_documents_in_one_row_are_read_as_alone() -> None:
     torch.manual_seed(3)
     model = build(speedrun())
