@@ -21,12 +21,7 @@ from minillm.training.signals import Signals, Stopped
 FILE = "forgetting.json"
 PRETRAIN = ["--preset", "default", "--steps", "300"]
 TUNE = ["--task", "chat", "--steps", "60", "--train.eval-every", "20"]
-WAYS = {
-    "nothing": [],
-    "replay 1": ["--replay", "1"],
-    "L2 0.01": ["--l2-start", "0.01"],
-    "replay 1, L2 0.01": ["--replay", "1", "--l2-start", "0.01"],
-}
+WAYS = {"nothing": [], "replay 1": ["--replay", "1"], "L2 0.01": ["--l2-start", "0.01"]}
 """What is done against forgetting."""
 QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}
 
