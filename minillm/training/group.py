@@ -250,7 +250,8 @@ def joined() -> Iterator[Group]:
 
 
 def _last_words(error: BaseException) -> str:
-    return f"{str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _leave() -> None:
@@ -275,7 +276,7 @@ class Logs:
     def go_to(self, path: Path) -> None:
         if self.kept is None:
             return
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         sys.stderr.flush()
         self.kept.seek(0)
         with path.open("ab") as log:

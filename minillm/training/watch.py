@@ -67,15 +67,15 @@ class Judge:
         for rank, beat in enumerate(beats):
             if beat.failed is not None:
                 return rank, f"failed: {beat.failed}"
-        silence = QUICK if quick else self.limit
-        for rank, beat in enumerate(beats):
-            if (training or quick) and not beat.done and now - self.beaten[rank] > silence:
-                return rank, f"gives no sign of life any more (since {silence:.0f} s): killed, stopped, or unreachable"
+        waiting = training and now - self.moved > self.limit
         most = max(beat.begun for beat in beats)
-        if training and now - self.moved > self.limit:
-            for rank, beat in enumerate(beats):
-                if beat.begun < most:
-                    return rank, f"stalls: the others have waited {self.limit:.0f} s for it"
+        for rank, beat in enumerate(beats):
+            silent = now - self.beaten[rank]
+            behind = waiting and beat.begun < most
+            if not beat.done and (silent > (QUICK if quick or behind else self.limit)) and (training or quick):
+                return rank, f"gives no sign of life (for {silent:.0f} s): it was killed or stopped, or is unreachable"
+            if behind:
+                return rank, f"stalls: the others have waited {self.limit:.0f} s for it"
         return None
 
 
@@ -146,7 +146,9 @@ class Watch:
                     self._end_process(*found, beats)
         except RuntimeError as error:
             if not self._stop.is_set():
-                self._say(f"rank {self.rank}: whoever keeps the ranks together is gone ({str(error).splitlines()[0]})")
+                self._say(
+                    f"rank {self.rank} ends: whoever keeps the ranks together is gone ({str(error).splitlines()[0]})"
+                )
                 os._exit(1)
 
     def _end_process(self, rank: int, what: str, beats: list[Beat]) -> None:
@@ -162,7 +164,8 @@ class Watch:
             self._say(line + (f"; where it stood: {self.where.format(rank)}" if self.where else ""))
         else:
             print(line, file=sys.stderr, flush=True)
-        time.sleep(BEAT)  # let the one that is to blame, and the others, see it too
+        # The others, and the one that is to blame, should see it too; rank 0 may be who keeps the store.
+        time.sleep(BEAT if self.rank else QUICK)
         os._exit(1)
 
     def _say(self, line: str) -> None:

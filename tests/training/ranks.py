@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import pickle
+import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -11,9 +14,11 @@ from typing import Any
 
 import torch
 
+from minillm.cli import run as command
+from minillm.data.batch import Batch
 from minillm.training import checkpoint
-from minillm.training.distributed import Alone, join
-from minillm.training.loop import Job, train
+from minillm.training.distributed import Alone, join, whole
+from minillm.training.loop import Job, _load, train
 from minillm.training.optim import build_optimizers
 from minillm.training.signals import Signals
 from tests.training.jobs import job, rows
@@ -24,9 +29,13 @@ _PROCESSES.set_forkserver_preload(["tests.training.ranks", "minillm.training.gro
 
 
 class Ranks:
-    """`size` processes that call function(rank, *args) as torchrun would have started them."""
+    """`size` processes that call function(rank, *args) as torchrun would have started them.
 
-    def __init__(self, size: int, function: Callable[..., Any], *args: Any):
+    Args:
+        terminal: a file for what they say where a person would see it.
+    """
+
+    def __init__(self, size: int, function: Callable[..., Any], *args: Any, terminal: Path | None = None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -35,7 +44,7 @@ class Ranks:
             ours, theirs = _PROCESSES.Pipe()
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
             variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            process = _PROCESSES.Process(target=_rank, args=(theirs, variables, function, rank, args))
+            process = _PROCESSES.Process(target=_rank, args=(theirs, variables, terminal, function, rank, args))
             process.start()
             theirs.close()
             self.ends.append(ours)
@@ -47,7 +56,7 @@ class Ranks:
         for rank, end in enumerate(self.ends):
             assert end.poll(seconds), f"rank {rank} does not come to an end"
             try:
-                found.append(end.recv())
+                found.append(pickle.loads(end.recv_bytes()))
             except EOFError:
                 raise AssertionError(f"rank {rank} ended with {self.codes()[rank]}") from None
         self.codes()
@@ -62,10 +71,20 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
 
-def _rank(end: Connection, variables: dict[str, Any], function: Callable[..., Any], rank: int, args: tuple) -> None:
+def _rank(
+    end: Connection,
+    variables: dict[str, Any],
+    terminal: Path | None,
+    function: Callable[..., Any],
+    rank: int,
+    args: tuple,
+) -> None:
+    if terminal is not None:
+        with terminal.open("ab") as file:
+            os.dup2(file.fileno(), 2)
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
-    end.send(function(rank, *args))
+    end.send_bytes(pickle.dumps(function(rank, *args)))  # by value: a sender of shared memory would have to stay
 
 
 def spread_job(team: Alone, run: Path, **values: Any) -> Job:
@@ -77,7 +96,7 @@ def spread_job(team: Alone, run: Path, **values: Any) -> Job:
         work,
         plan=replace(work.plan, micro_batch=min(work.plan.micro_batch, count)),
         batch=lambda step: rows(step * work.settings.train.batch + first, count),
-        validation=lambda: [rows(10_000 + 4 * i, 4) for i in range(team.rank, 4, team.size)],
+        validation=lambda: [rows(10_000 + 2 * i, 2) for i in range(team.rank, 12, team.size)],
         optimizers=build_optimizers(work.model, work.settings.optim, muon=team.muon),
         team=team,
         call=call,
@@ -92,3 +111,47 @@ def trained(rank: int, run: Path, resume: bool, values: dict[str, Any]) -> Any:
         folder = team.share(checkpoint.resolve(run)) if resume else None
         train(work, Signals(), resume_from=folder)
         return losses(run)
+
+
+def commanded(rank: int, argv: list[str]) -> int:
+    """`minillm train ARGV`; its exit code."""
+    return command("train", argv)
+
+
+def loaded(rank: int, run: Path, values: dict[str, Any]) -> Any:
+    """(weights, moments of the optimizers, random states) of the newest checkpoint, as the ranks together have them."""
+    with join() as team:
+        work = spread_job(team, run, **values)
+        _load(work, torch.amp.GradScaler("cpu", enabled=False), checkpoint.resolve(run))
+        weights = {name: whole(x) for name, x in work.model.state_dict().items()}
+        states = [optimizer.state_dict()["state"] for optimizer in work.optimizers]
+        moments = [{key: {k: whole(x) for k, x in each.items()} for key, each in state.items()} for state in states]
+        return weights, moments, team.gather(torch.get_rng_state())
+
+
+def misbehaving(rank: int, run: Path, what: str, values: dict[str, Any]) -> None:
+    """Trains; in the third step rank 1 does `what`."""
+    with join() as team, Signals() as signals:
+        team.log_to(run)
+        work = spread_job(team, run, **values)
+
+        def batch(step: int) -> Batch:
+            if rank == 1 and step == 2:
+                DEEDS[what]()
+            return work.batch(step)
+
+        outcome = train(replace(work, batch=batch), signals)
+    raise SystemExit(outcome.code)
+
+
+def _raise() -> None:
+    raise LookupError("no such token")
+
+
+DEEDS: dict[str, Callable[[], Any]] = {
+    "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "stalls": lambda: time.sleep(600),
+    "raises": _raise,
+    "gets SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+}

@@ -1,0 +1,215 @@
+"""Two and four processes train as one does: the same losses, and a checkpoint of any of them is one of all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minillm import load
+from minillm.config import Settings, UserError, from_dict, merge
+from minillm.data.batch import IGNORED
+from minillm.data.corpus import NextToken
+from minillm.data.loader import validation
+from minillm.training import checkpoint
+from minillm.training.distributed import micro_batch
+from minillm.training.group import Group
+from minillm.training.muon import SharedMuon
+from tests.training.ranks import Ranks, commanded, loaded, trained
+from tests.training.running import TINY, events, losses, train
+from tests.training.saving import same
+
+FSDP = {"train": {"parallel": "fsdp"}}
+HYBRID = {"train": {"parallel": "fsdp", "shard_ranks": 2, "reshard": False}}
+MUON = {"optim": {"name": "muon", "muon_lr": 0.002}}
+
+
+def values(*changes: dict[str, Any]) -> dict[str, Any]:
+    """Four steps of eight rows, in two passes on each of two ranks; a checkpoint in the middle and one at the end."""
+    chosen: dict[str, Any] = {"steps": 4, "micro": 2, "train": {"batch": 8, "eval_every": 2, "save_every": 2}}
+    for change in changes:
+        chosen = merge(chosen, change)
+    return chosen
+
+
+def run(folder: Path, size: int, *changes: dict[str, Any], resume: bool = False) -> list[tuple]:
+    return Ranks(size, trained, folder, resume, values(*changes)).results()[0]
+
+
+def assert_close(found: list[tuple], expected: list[tuple]) -> None:
+    """The same lines with the same numbers of targets, and losses within a relative 1e-5."""
+    assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
+    assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple]]:
+    """Losses of one process, by optimizer."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: run(folder / name, 1, *change) for name, change in {"adamw": (), "muon": (MUON,)}.items()}
+
+
+@pytest.mark.parametrize(
+    "size, optimizer, changes",
+    [
+        (2, "muon", ()),
+        (4, "adamw", ({"train": {"patience": 9}},)),
+        (2, "muon", (FSDP,)),
+        (4, "adamw", (HYBRID,)),
+    ],
+    ids=["ddp on 2", "ddp on 4", "fsdp on 2", "fsdp in pairs on 4"],
+)
+def test_losses_are_those_of_one_process(tmp_path: Path, alone, size: int, optimizer: str, changes) -> None:
+    chosen = (*changes, MUON) if optimizer == "muon" else changes
+    assert_close(run(tmp_path, size, *chosen), alone[optimizer])
+    folders = [checkpoint.resolve(tmp_path / "checkpoints" / f"step-{step}") for step in (2, 4)]
+    assert [(folder / "parts").is_dir() for folder in folders] == [any("parallel" in c["train"] for c in changes)] * 2
+    assert (tmp_path / "logs" / "rank-1.log").read_text().count("validation") == 3
+    assert not (tmp_path / "logs" / "rank-0.log").exists()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_a_checkpoint_of_two_is_read_by_one_and_by_four(tmp_path: Path, alone, kind: str) -> None:
+    """What is loaded is what was saved, bit for bit, and what follows is what would have followed."""
+    changes = (MUON, FSDP) if kind == "fsdp" else (MUON,)
+    run(tmp_path, 2, *changes)
+    shorten(tmp_path, 2)
+    folder = checkpoint.resolve(tmp_path)
+    assert folder.name == "step-2"
+    weights, state = checkpoint.load_weights(folder), checkpoint.load_state(folder)
+    moments = [each["state"] for each in state["optimizers"]]
+    for size in (1, 4):
+        found_weights, found_moments, found_random = Ranks(size, loaded, tmp_path, values(*changes)).results()[0]
+        assert same(found_weights, weights) and same(found_moments, moments)
+        assert torch.equal(found_random[0], state["random_of_ranks"][0]["cpu"])
+    lines = run(tmp_path, 4, *changes, resume=True)
+    assert_close(lines, alone["muon"])
+    shorten(tmp_path, 2)
+    assert_close(run(tmp_path, 1, MUON, resume=True), alone["muon"])
+
+
+def shorten(run: Path, step: int) -> None:
+    """Takes away the checkpoints behind `step`."""
+    for each in checkpoint.steps(run):
+        if each > step:
+            (run / "checkpoints" / f"step-{each}").rename(run / f"away-{each}-{len(list(run.iterdir()))}")
+
+
+def test_parts_are_noticed_when_they_are_damaged_or_gone(tmp_path: Path) -> None:
+    run(tmp_path, 2, FSDP)
+    folder = checkpoint.resolve(tmp_path)
+    part = sorted((folder / "parts").iterdir())[0]
+    whole = part.read_bytes()
+    for content, what in ((whole[:-1] + bytes([whole[-1] ^ 1]), "SHA-256"), (whole[:-9], "bytes")):
+        part.write_bytes(content)
+        with pytest.raises(UserError, match=f"{part.name}.*{what}"):
+            checkpoint.verify(folder)
+    part.write_bytes(whole)
+    part.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="missing"):
+        checkpoint.verify(folder)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load_weights(folder)
+    (tmp_path / "away").rename(part)
+    (folder / "parts" / "more.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match="does not list parts/more"):
+        checkpoint.verify(folder)
+
+
+def test_the_command_by_two_is_the_command_by_one(capsys, text: Path, tmp_path: Path) -> None:
+    """Data, plan, samples, report, the finished model: all of a run, with weights in parts and Muon."""
+    argv = ["--data", text, *TINY, "--steps", "6", "--optim.name", "muon", "--train.micro-batch", "2"]
+    assert train(capsys, "--out", tmp_path / "one", *argv).code == 0
+    options = ["--out", tmp_path / "two", *argv, "--train.parallel", "fsdp"]
+    assert Ranks(2, commanded, [str(option) for option in options]).results() == [0, 0]
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+    for name in ("sample", "layers", "end", "baselines"):
+        ours, theirs = events(tmp_path / "two", name), events(tmp_path / "one", name)
+        assert [event.get("step") for event in ours] == [event.get("step") for event in theirs]
+    assert [e["text"] for e in events(tmp_path / "two", "sample")] == [
+        e["text"] for e in events(tmp_path / "one", "sample")
+    ]
+    assert events(tmp_path / "two", "layers")[-1]["active"] == events(tmp_path / "one", "layers")[-1]["active"]
+    norms = [events(tmp_path / name, "layers")[-1]["grad_norms"] for name in ("two", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert (tmp_path / "two" / "report.html").exists()
+    ids = torch.arange(12)[None]
+    (ours, _), (theirs, _) = load(tmp_path / "two"), load(tmp_path / "one")
+    assert torch.allclose(ours(ids), theirs(ids), atol=1e-4)
+
+
+@dataclass
+class Stream:
+    """A text that counts."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return (starts[:, None] + np.arange(length)) % self.length
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("tokens", [9, 57, 130])
+def test_validation_is_dealt_out_without_rest_or_repetition(tokens: int, ranks: int) -> None:
+    def deal(rank: int, size: int) -> list:
+        objective = NextToken(document_id=10**9, separate=False)
+        return list(validation(Stream(tokens), objective, context=8, rows=3, rank=rank, ranks=size))
+
+    hands = [deal(rank, ranks) for rank in range(ranks)]
+    assert len({len(hand) for hand in hands}) == 1, (
+        "a rank with another number of batches would leave the others waiting"
+    )
+    dealt = [hand[i] for i in range(len(hands[0])) for hand in hands]
+    for mine, whole in zip(dealt, deal(0, 1), strict=False):
+        assert torch.equal(mine.ids, whole.ids) and torch.equal(mine.targets, whole.targets)
+    assert all((batch.targets == IGNORED).all() for batch in dealt[len(deal(0, 1)) :])
+    assert sum(batch.counted for batch in dealt) == tokens - 1
+
+
+def group(rank: int, size: int) -> Group:
+    """Without the processes: for what a rank knows by itself."""
+    found = object.__new__(Group)
+    found.rank, found.size = rank, size
+    return found
+
+
+def test_a_step_reads_the_same_rows_on_any_number_of_ranks() -> None:
+    for size in (2, 3, 4, 12):
+        shares = [group(rank, size).rows(12) for rank in range(size)]
+        assert [row for first, count in shares for row in range(first, first + count)] == list(range(12))
+        assert len({count for _, count in shares}) == 1
+    assert (micro_batch(8, 8), micro_batch(8, 4), micro_batch(6, 4), micro_batch(3, 4)) == (8, 4, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"train": {"batch": 6}}, r"train.batch \(6\) cannot be shared out evenly by 4 processes; take 8"),
+        ({"train": {"parallel": "fsdp", "shard_ranks": 3}}, "train.shard_ranks .3. must divide"),
+        ({"train": {"parallel": "fsdp"}, "dtype": "fp16"}, "take bf16"),
+        ({"train": {"parallel": "fsdp"}, "compile": "on"}, "--compile on"),
+    ],
+)
+def test_what_processes_cannot_do_is_said_in_one_line(changes: dict[str, Any], line: str) -> None:
+    group(1, 4).check(from_dict(Settings, {"train": {"batch": 8}}))
+    with pytest.raises(UserError, match=line) as raised:
+        group(1, 4).check(from_dict(Settings, changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_of_fsdp_need_fsdp() -> None:
+    for name, value in (("shard_ranks", 2), ("reshard", False), ("gather_dtype", "bf16")):
+        with pytest.raises(UserError, match=f"train.{name} needs train.parallel=fsdp"):
+            from_dict(Settings, {"train": {name: value}})
+        from_dict(Settings, {"train": {name: value, "parallel": "fsdp"}})
+
+
+def test_shared_muon_is_muon() -> None:
+    """Its state and settings are torch.optim.Muon's, so that either reads the other's checkpoints."""
+    ours, theirs = (kind([torch.nn.Parameter(torch.ones(2, 3))]) for kind in (SharedMuon, torch.optim.Muon))
+    assert ours.state_dict() == theirs.state_dict()

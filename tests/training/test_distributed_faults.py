@@ -1,0 +1,187 @@
+"""A rank that dies, stalls or raises ends the whole run, which names it; a signal to one stops all, who save once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minillm.cli import run as command
+from minillm.commands.launching import earlier_run, launch
+from minillm.training import checkpoint
+from minillm.training.watch import BEAT, QUICK, Beat, Judge
+from tests.training.ranks import Ranks, misbehaving, trained
+from tests.training.running import ROOT, TINY, events, losses, metrics, train
+
+VALUES = {"steps": 6, "train": {"batch": 6}}
+IMPATIENT = {"steps": 6, "train": {"batch": 6, "stall_seconds": 4.0}}
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("is killed", "rank 1 .*gives no sign of life"),
+        ("is stopped", "rank 1 .*gives no sign of life"),
+        ("stalls", "rank 1 .*stalls: the others have waited"),
+        ("raises", "rank 1 .*failed: LookupError: no such token"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_by_name(tmp_path: Path, what: str, said: str) -> None:
+    begun = time.monotonic()
+    terminal = tmp_path / "terminal"
+    ranks = Ranks(3, misbehaving, tmp_path, what, IMPATIENT, terminal=terminal)
+    if what == "is stopped":
+        for process in (ranks.processes[0], ranks.processes[2]):
+            process.join(60)
+        ranks.processes[1].kill()  # as torchrun does with what does not end
+    codes = ranks.codes()
+    assert time.monotonic() - begun < 60
+    assert codes[0] == codes[2] == 1 and codes[1] == (-9 if what in ("is killed", "is stopped") else 1)
+    found = [line for line in terminal.read_text().splitlines() if line.startswith("error:")]
+    assert len(found) == 1 and re.search(said, found[0]), terminal.read_text()
+    log = (tmp_path / "logs" / "rank-1.log").read_text()
+    if what == "stalls":
+        assert "this rank stood at" in log and "time.sleep(600)" in log
+    if what == "raises":
+        assert "LookupError: no such token" in log
+    assert not events(tmp_path, "end")
+
+
+def test_sigterm_to_one_stops_all_and_saves_once(tmp_path: Path) -> None:
+    ranks = Ranks(2, misbehaving, tmp_path, "gets SIGTERM", VALUES)
+    assert ranks.codes() == [143, 143]
+    assert checkpoint.steps(tmp_path) == [3], "the step in hand is finished by all"
+    assert [event["reason"] for event in events(tmp_path, "end")] == ["signal"]
+    resumed = Ranks(2, trained, tmp_path, True, VALUES).results()[0]
+    whole = Ranks(2, trained, tmp_path / "whole", False, VALUES).results()[0]
+    assert resumed == whole
+
+
+def beats(*begun: int, at: int = 0, **of_the_first) -> list[Beat]:
+    usual = {"busy": None, "failed": None, "done": False}
+    return [
+        Beat(count=at, host="here", begun=n, **{**usual, **(of_the_first if rank == 0 else {})})
+        for rank, n in enumerate(begun)
+    ]
+
+
+def verdict(story: list[list[Beat]], limit: float = 10.0, **how):
+    """What a judge says in the end who sees one list of beats a second."""
+    judge = Judge(limit)
+    found = [judge.look(each, float(i), **{"training": True, "quick": False, **how}) for i, each in enumerate(story)]
+    assert not any(found[:-1])
+    return found[-1]
+
+
+def test_the_judge_blames_nobody_who_moves() -> None:
+    assert verdict([beats(i, i + i % 2, at=i) for i in range(99)]) is None
+    assert verdict([beats(3, 3, at=i) for i in range(99)]) is None, "all compute: nobody waits"
+
+
+def test_the_judge_blames_whom_the_others_wait_for() -> None:
+    stalled = [beats(3, 4, at=i) for i in range(12)]
+    assert verdict(stalled[:11]) is None
+    assert verdict(stalled) == (0, "stalls: the others have waited 10 s for it")
+    assert verdict([beats(3, 4, at=i, busy="saving") for i in range(99)]) is None
+    assert verdict(stalled, training=False) is None
+
+
+def test_the_judge_blames_whose_beat_has_stopped() -> None:
+    silent = [[*beats(3, at=i), *beats(3, at=0)] for i in range(99)]
+    assert verdict(silent[:11]) is None
+    number, what = verdict(silent[:12])
+    assert number == 1 and what.startswith("gives no sign of life")
+    assert verdict(silent, training=False) is None
+    assert verdict(silent[:5], training=False, quick=True)[0] == 1
+    assert verdict(silent[: int(QUICK)], training=False, quick=True) is None
+    assert verdict([[*beats(3, at=i), *beats(3, done=True)] for i in range(99)]) is None
+    assert verdict([beats(3, 3, failed="no such token")]) == (0, "failed: no such token")
+
+
+def test_a_judge_who_was_stopped_himself_blames_nobody() -> None:
+    judge = Judge(10.0)
+    for now, count in ((0.0, 1), (BEAT, 2), (600.0, 2), (600.0 + BEAT, 3)):
+        assert judge.look(beats(3, 4, at=count), now, training=True, quick=False) is None
+
+
+def test_a_second_attempt_goes_on_with_the_run_of_the_first(capsys, text: Path, tmp_path: Path, monkeypatch) -> None:
+    """As torchrun --max-restarts starts it again: the same command, and the same folder for errors."""
+    out = tmp_path / "run"
+    argv = ("--data", text, "--out", out, *TINY, "--steps", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none_abc" / "attempt_0" / "0" / "error.json"))
+    assert train(capsys, *argv).code == 0 and json.loads((out / "config.json").read_text())["launch"] == "none_abc"
+    assert earlier_run(str(out)) is None, "a first attempt begins anew"
+    assert train(capsys, *argv).code == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert earlier_run(str(out)) == out
+    result = train(capsys, *argv)
+    assert result.code == 0 and "is finished" in result.err
+    (tmp_path / "runs").mkdir()
+    out.rename(tmp_path / "runs" / "one")
+    monkeypatch.chdir(tmp_path)
+    assert earlier_run(None) == Path("runs/one")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none_xyz" / "attempt_1" / "0" / "error.json"))
+    assert earlier_run("runs/one") is None, "the run of another start"
+    assert launch() == {"launch": "none_xyz"}
+
+
+def test_other_commands_refuse_to_run_twice(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("generate", ["nowhere", "--prompt", "x"]) == 2
+    assert "runs in one process, not in 2" in capsys.readouterr().err
+
+
+def torchrun(*argv: object) -> subprocess.Popen[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*start, *map(str, argv)], cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(run: Path, step: int) -> None:
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists() and any(line.get("step", 0) >= step for line in metrics(run)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{run} does not come to step {step}")
+
+
+def ranks_of(agent: subprocess.Popen[str]) -> list[int]:
+    """Process ids of torchrun's children that train, in the order in which it started them."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(agent.pid)], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "train.py" in line]
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_brings_a_killed_run_to_the_same_end(text: Path, tmp_path: Path, capsys, parallel: str) -> None:
+    argv = ["--data", text, *TINY, "--steps", "40", "--train.save-every", "5", "--train.parallel", parallel]
+    assert train(capsys, "--out", tmp_path / "one", *argv).code == 0
+    agent = torchrun("--max-restarts", "3", "train.py", "--out", tmp_path / "run", *argv)
+    for step in (8, 22):
+        wait_for(tmp_path / "run", step)
+        os.kill(ranks_of(agent)[1], signal.SIGKILL)
+        time.sleep(2)
+    out, err = agent.communicate(timeout=280)
+    assert agent.returncode == 0, err
+    assert "The model reached" in out and "goes on from step-" in err
+    found, expected = losses(tmp_path / "run"), losses(tmp_path / "one")
+    assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
+    assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
+
+
+@pytest.mark.prove
+def test_sigterm_to_torchrun_saves_once(text: Path, tmp_path: Path) -> None:
+    argv = ["--data", text, *TINY, "--steps", "2000", "--train.save-every", "2000", "--out", tmp_path / "run"]
+    agent = torchrun("train.py", *argv)
+    wait_for(tmp_path / "run", 5)
+    agent.send_signal(signal.SIGTERM)
+    _, err = agent.communicate(timeout=120)
+    assert err.count("saved step") == 1 and len(checkpoint.steps(tmp_path / "run")) == 1
+    assert [event["reason"] for event in events(tmp_path / "run", "end")] == ["signal"]
