@@ -93,13 +93,14 @@ def run_prepared(prepared, settings: Settings, run: Path, config, trackers, sign
         return preflight.micro_batch(settings, device=device, dtype=choose_dtype(settings, device))
 
     options = config["task"]["options"]
+    asked = options["epochs"] is not None or settings.steps is not None or settings.minutes is not None
     work = Finetuning(
         settings=settings,
         run=run,
         config=config,
         method=from_dict(MethodConfig, config["method"], "method."),
         epochs=options["epochs"] or EPOCHS,
-        minutes_at_most=DEFAULT_MINUTES if options["epochs"] is None and is_default(settings.source) else None,
+        minutes_at_most=DEFAULT_MINUTES if is_default(settings.source) and not asked else None,
         balance=options["balance"],
         layer_decay=options["layer_decay"],
         micro_batch=micro_batch,
