@@ -12,7 +12,12 @@ _ACTIVATIONS = {
 _GATES = {"swiglu": "silu", "geglu": "gelu"}
 TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3", "bert": "BERT", "bart": "BART"}
 
-_PLAIN: dict[str, tuple[Any, ...]] = {"softcap": (None,), "attention.softcap": (None,)}
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "softcap": (None,),
+    "attention.softcap": (None,),
+    "speedrun.ngrams": (0,),
+    "speedrun.mix": (False,),
+}
 _FULL_HEADS = {**_PLAIN, "attention.qk_norm": (False,), "attention.window": (None,), "mlp.kind": tuple(_ACTIVATIONS)}
 _LAYER_NORM: dict[str, tuple[Any, ...]] = {"norm.kind": ("layer",), "position.kind": ("learned",)}
 _LLAMA: dict[str, tuple[Any, ...]] = {

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, processors
 
 from minillm.commands.exporting import main as export_command
 from minillm.config import UserError
+from minillm.interop import verification
 from minillm.interop.export import export
 from minillm.interop.hf import build, load_hf, read_hf
 from minillm.interop.hf_tokenizer import HFTokenizer
@@ -195,7 +196,8 @@ def test_ours_opens_there_and_comes_back(family: str, task: str, tmp_path: Path)
     tokenizer = byte_level() if family == "gpt2" else tokenizer_of("bpe")  # GPT-2's pads with what ends a text
     model, section = finetuned(family, task, tokenizer.vocab_size)
     model.threshold[0] = 0.25
-    export(model, tokenizer, tmp_path / "out", task=section)
+    notes = export(model, tokenizer, tmp_path / "out", task=section)
+    assert any("minillm.threshold" in note for note in notes)
     kind = {"tag": "TokenClassification", "span-qa": "QuestionAnswering"}.get(task, "SequenceClassification")
     theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out").eval()
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -261,6 +263,7 @@ def test_a_head_that_none_of_theirs_computes_is_refused(family, task, pool, said
 
 def test_a_bias_where_theirs_has_none_and_a_head_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minillm.interop import export as module
+    from minillm.interop import tokenizer_files
 
     tokenizer = tokenizer_of("bpe")
     model, section = finetuned("llama", "classify", tokenizer.vocab_size)
@@ -277,6 +280,10 @@ def test_a_bias_where_theirs_has_none_and_a_head_that_differs(tmp_path: Path, mo
 
     monkeypatch.setattr(module, "write_task", wrong)
     with pytest.raises(UserError, match="the exported LlamaForSequenceClassification differs by"):
+        export(model, tokenizer, tmp_path / "out", task=section)
+    monkeypatch.setattr(module, "write_task", right)
+    monkeypatch.setattr(tokenizer_files, "_put_layout", lambda *_: None)
+    with pytest.raises(UserError, match="the exported tokenizer builds other rows than the model was finetuned on"):
         export(model, tokenizer, tmp_path / "out", task=section)
     assert not list(tmp_path.iterdir())
 
@@ -328,6 +335,18 @@ def test_an_imported_pooler_goes_out_with_the_body(tmp_path: Path, capsys) -> No
     assert export_command([str(theirs), "--out", str(tmp_path / "out")]) == 0
     before, after = tensors_of(theirs), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert "pooler" not in capsys.readouterr().err
+    whole = save(make("bert", "BertForPreTraining", vocab_size=tokenizer.vocab_size), tmp_path / "whole")
+    tokenizer.save(whole)
+    assert export_command([str(whole), "--out", str(tmp_path / "masked")]) == 0
+    assert "the pooler that the model came with is left out: BertForMaskedLM has none" in capsys.readouterr().err
+
+
+def test_outputs_of_other_shapes_are_no_small_difference() -> None:
+    """They would be spread over each other."""
+    verification._compare("Model", torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(UserError, match=r"the exported Model gives \(2, 1\), not \(2, 3\)"):
+        verification._compare("Model", torch.zeros(2, 1), torch.zeros(2, 3))
 
 
 def test_a_method_that_transformers_lacks_is_refused(tmp_path: Path, capsys) -> None:
