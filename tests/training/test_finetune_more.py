@@ -119,10 +119,11 @@ def test_the_default_data_takes_no_longer_than_it_may(
     """Four epochs of 720 examples are 720 steps; --epochs, and data of one's own, are run to their end."""
     monkeypatch.setattr("minillm.commands.finetuning.DEFAULT_MINUTES", 0.01)
     data, steps = classify_file(tmp_path / "data.jsonl", 800), {}
-    for name, default, more in (("cut", True, []), ("asked", True, ["--epochs", 0.05]), ("own", False, ["--steps", 9])):
+    cases = [("cut", True, []), ("asked", True, ["--epochs", 0.05]), ("steps", True, ["--steps", 9])]
+    for name, default, more in [*cases, ("own", False, ["--steps", 9])]:
         monkeypatch.setattr("minillm.commands.finetuning.is_default", lambda source, default=default: default)
         argv = ["--task", "classify", "--data", data, "--out", tmp_path / name, *FAST, *more]
         done = minillm(capsys, "finetune", encoder, *argv)
         assert done.code == 0 and ("4 epochs would take" in done.err) == (name == "cut")
         steps[name] = json.loads((tmp_path / name / "config.json").read_text())["plan"]["steps"]
-    assert steps["cut"] < 300 and steps["asked"] == 9 and steps["own"] == 9
+    assert steps["cut"] < 300 and steps["asked"] == steps["steps"] == steps["own"] == 9
