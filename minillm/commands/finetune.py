@@ -229,7 +229,7 @@ def resume(
 
     run = Path(folder)
     config = read_config(run)
-    if "task" not in config:
+    if "base" not in config:  # an imported classifier has a task too
         raise UserError(f"{run} is no finetuning; go on with it: python train.py --resume {run}")
     settings = from_dict(Settings, config["settings"])
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
