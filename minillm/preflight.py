@@ -75,14 +75,27 @@ def flops_per_token(config: ModelConfig) -> float:
     smaller. Causal attention is counted in full (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Of an
     encoder-decoder it is one token on either side together.
     """
+    return sum(flops_by_part(config))
+
+
+def flops_by_part(config: ModelConfig, *, all_pairs: bool = True) -> tuple[float, float]:
+    """The two terms of `flops_per_token`: of the matrices, and of attention.
+
+    Args:
+        all_pairs: of query and key, those that a causal mask hides too, as PaLM counts; else half of them.
+    """
     counts = parameters(config)
     output = (config.vocab_size or 0) * config.dim
     looked_up = counts["embeddings"] - (output if config.tied else 0)
     multiplied = sum(counts.values()) - counts["positions"] - looked_up
-    cross = (config.decoder_layers or config.layers) if config.shape == "encoder-decoder" else 0
-    keys = min(config.context, config.attention.window or config.context)
-    own, other = config.blocks * keys, cross * config.context
-    return 6 * multiplied + 12 * config.heads * config.head_width * (own + other)
+    window = config.attention.window
+    keys = min(config.context, window or config.context)
+    causal = keys if all_pairs or (window or config.context) < config.context else keys / 2
+    both = config.shape == "encoder-decoder"
+    deciding = config.blocks if config.shape == "decoder" else config.blocks - config.layers  # the decoder's blocks
+    own = (config.blocks - deciding) * keys + deciding * causal
+    other = (config.decoder_layers or config.layers) * config.context if both else 0
+    return 6 * multiplied, 12 * config.heads * config.head_width * (own + other)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import json
 import sys
 import tomllib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,8 @@ class Args(Settings):
     """TOML or JSON file of settings, over the preset's and under the command line's."""
     log: str | None = None
     """Trackers besides metrics.jsonl, separated by commas: tb, wandb."""
+    profile: bool = False
+    """Record three early steps: where their time goes, on stderr and in the report, and a trace in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
     run = team.share(run)
     team.log_to(run)
     try:
-        return _run(settings, source, run, config, trackers, signals, team, resume_from=None)
+        return _run(settings, source, run, config, trackers, signals, team, resume_from=None, profile=args.profile)
     except UserError:
         if team.lead and not (run / "metrics.jsonl").exists():
             clear_run(run)
@@ -192,6 +195,7 @@ def _run(
     team: Alone,
     *,
     resume_from: Path | None,
+    profile: bool = False,
 ) -> int:
     """Tokenizer, shards, model, loop, report."""
     from minillm import preflight
@@ -242,6 +246,7 @@ def _run(
         show_baselines=lambda values: _say(baselines_text(values)),
         log=trackers,
         team=team,
+        profile=partial(_profile, settings, run) if profile and team.lead else None,
     )
     try:
         outcome = pretrain(work, signals, resume_from=resume_from)
@@ -254,6 +259,28 @@ def _run(
     if outcome.code == 0:
         _conclude(run, config, report)
     return outcome.code
+
+
+def _profile(settings: Settings, run: Path, plan: Any) -> Any:
+    """What watches the steps of `--profile`. Raises `UserError` for a run that ends before they are recorded."""
+    import torch
+
+    from minillm import preflight
+    from minillm.training.profile import ATTENTION, PRODUCTS, STEPS, Profile
+
+    if plan.steps < STEPS:
+        raise UserError(f"--profile records step {STEPS - 2} to {STEPS}, and this run has {plan.steps}; lengthen it")
+    products, attention = preflight.flops_by_part(settings.model, all_pairs=False)
+    return Profile(
+        run=run,
+        device=torch.device(plan.device),
+        dtype=plan.dtype,
+        flops={PRODUCTS: products, ATTENTION: attention},
+        whole_flops=preflight.flops_per_token(settings.model),
+        tokens=settings.train.batch * settings.model.context,
+        compiled=plan.compile,
+        say=_say,
+    )
 
 
 def _conclude(run: Path, config: dict[str, Any], report: Path) -> None:

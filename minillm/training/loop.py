@@ -8,7 +8,7 @@ a run that is killed and resumed writes the same numbers as one that was not.
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,13 +18,14 @@ from torch import nn
 
 from minillm.config import Settings, UserError
 from minillm.data.batch import Batch
-from minillm.training import checkpoint
+from minillm.training import checkpoint, memory
 from minillm.training.distributed import ALONE, Alone, Call, apply, placed, placed_state, whole
 from minillm.training.monitor import Monitor
 from minillm.training.objectives import Count, Evaluation, Objective, counted, evaluate, likelihood
 from minillm.training.optim import add_penalties, gradient_norm, set_learning_rate
 from minillm.training.plan import Plan, autocast
-from minillm.training.run import cut_metrics
+from minillm.training.profile import Profile
+from minillm.training.run import cut_metrics, write_json
 from minillm.training.signals import Signals, Stopped
 from minillm.training.units import watch_units
 
@@ -86,6 +87,8 @@ class Job:
     """The metric by which a model is the best, higher is better. None: the validation loss."""
     allocator: "Allocator | None" = None
     """AdaLoRA's."""
+    profile: Profile | None = None
+    """What watches some of the steps."""
     team: Alone = ALONE
     """The processes that train together; each has a job of its own."""
     call: Call = apply
@@ -138,7 +141,10 @@ class Loop:
                 stop_early = patience is not None and progress.worse >= patience
                 if progress.step >= plan.steps or stop_early:
                     break
-                self._step()
+                if job.profile is None:
+                    self._step()
+                else:
+                    progress.line_seconds += job.profile.watch(self._step)
                 if progress.step % plan.log_every == 0 or progress.step == plan.steps:
                     self._log()
                 self.monitor.advance()
@@ -153,7 +159,51 @@ class Loop:
         return Outcome(reason, 0, progress)
 
     def _step(self) -> None:
-        """One optimizer step: forward and backward for each micro-batch, clip, step."""
+        """One optimizer step; where memory runs out before a weight has moved, again with smaller micro-batches."""
+        while not self._fitting_step():
+            self._shrink()
+
+    def _fitting_step(self) -> bool:
+        """Whether there was memory for a step. (What failed is released when its error is, at the end of this call.)"""
+        self.moving = False
+        try:
+            self._one_step()
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            if self.moving:
+                raise UserError(
+                    f"memory ran out while the optimizer moved the weights of step {self.progress.step + 1}; "
+                    f"{memory.what_helps(self.job.settings, self.job.plan.device)}"
+                ) from None
+            return False
+        return True
+
+    def _shrink(self) -> None:
+        """Goes back to the end of the last step, with smaller micro-batches from now on."""
+        job, step = self.job, self.progress.step + 1
+        memory.release(torch.device(job.plan.device))
+        _set_random_state(self.random)
+        before, rows = job.plan.micro_batch, memory.smaller(job.plan.micro_batch, job.settings.train.batch)
+        if self.team.size > 1:  # the others are in the middle of a step that needs this rank
+            raise UserError(
+                f"step {step}: memory ran out on one process, with {before} sequences at a time; begin a run with a "
+                f"smaller --train.micro-batch, or {memory.what_helps(job.settings, job.plan.device)}"
+            )
+        if rows is None:
+            self._save_after_signal()
+            raise UserError(
+                f"step {step}: memory ran out with one sequence at a time; "
+                f"{memory.what_helps(job.settings, job.plan.device)}"
+            )
+        self.monitor.say(f"step {step}: memory ran out with {before} sequences at a time; it takes {rows} from now on")
+        self.monitor.event("memory", step=step, micro_batch=rows)
+        job.plan = replace(job.plan, micro_batch=rows)
+        job.config["plan"] = {**job.config.get("plan", {}), "micro_batch": rows}
+        write_json(job.run / "config.json", job.config)
+
+    def _one_step(self) -> None:
+        """Forward and backward for each micro-batch, clip, step."""
         job, progress = self.job, self.progress
         batch = job.batch(progress.step).to(torch.device(job.plan.device))
         counted = self.team.total(job.count(batch))
@@ -172,6 +222,7 @@ class Loop:
             self.scaler.scale(loss / share).backward()
             total += loss.detach()
             self.team.poll(self.signals, midway=True)
+        self.moving = True
         for optimizer in job.optimizers:
             self.scaler.unscale_(optimizer)
         add_penalties(job.model, job.settings.optim)

@@ -22,11 +22,13 @@ from minillm.data.loader import Loader, validation
 from minillm.data.shards import Shards
 from minillm.evaluation.baselines import baselines
 from minillm.model.transformer import Transformer, call_block
+from minillm.training import memory
 from minillm.training.distributed import ALONE, Alone, micro_batch
 from minillm.training.loop import Job, Outcome, precision, train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, cores, make_plan
+from minillm.training.profile import Profile
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
 
@@ -54,6 +56,8 @@ class Pretraining:
     show_baselines: Callable[[dict[str, Any]], None]
     log: tuple[str, ...] = ()
     team: Alone = ALONE
+    profile: Callable[[Plan], Profile] | None = None
+    """Makes what watches some of the steps; None: nothing does."""
 
 
 def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = None) -> Outcome:
@@ -75,18 +79,19 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         return loader.batch(step * settings.train.batch + first, rows)
 
     def validate() -> Iterable[Batch]:
+        planned = work.config["plan"]["micro_batch"]  # as it is now: memory that runs out makes it smaller
         part = validation(
             work.shards.val,
             work.objective,
             context=settings.model.context,
-            rows=VALIDATION_ROWS,
+            rows=VALIDATION_ROWS if planned >= rows else min(VALIDATION_ROWS, planned),
             rank=team.rank,
             ranks=team.size,
         )
         return (each.to(device) for each in part)
 
     objective = training_objective(settings.train)
-    micro = micro_batch(_micro_batch(work, model, device), rows)
+    micro = micro_batch(_micro_batch(work, model, device, objective, batch), rows)
     by_block = device.type == "cpu" and settings.compile == "on"
     if by_block:  # before the plan, which then measures compiled steps
         by_block = _compile_blocks(objective, model, next(batch(0).split(micro)), settings, work.say)
@@ -99,19 +104,23 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         plan = replace(plan, compile=compiled is not objective)
         objective = compiled
     _keep_plan(work, plan, **work.show_plan(plan))
+    profile = None if work.profile is None else work.profile(plan)
     if team.lead:
         _write_baselines(work)
 
     torch.manual_seed(settings.seed + 1 + 1_000_003 * team.rank)  # dropout's stream, whatever planning drew
     call = team.spread(model, settings.train)
     info, next_token = work.shards.info, settings.objective == "next-token"
+    optimizers = build_optimizers(model, settings.optim, muon=team.muon)
+    if profile is not None:
+        profile.optimizers = optimizers
     job = Job(
         model=model,
-        optimizers=build_optimizers(model, settings.optim, muon=team.muon),
+        optimizers=optimizers,
         settings=settings,
         plan=plan,
         objective=objective,
-        batch=batch,
+        batch=batch if profile is None else profile.batches(batch),
         validation=validate,
         run=run,
         config=work.config,
@@ -121,15 +130,30 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         sample=work.sample,
         team=team,
         call=call,
+        profile=profile,
     )
     return train(job, signals, log=work.log, resume_from=resume_from)
 
 
-def _micro_batch(work: Pretraining, model: Transformer, device: torch.device) -> int:
-    """Rows of one pass: as config.json has them, as the settings say, or as many as fit."""
+def _micro_batch(work: Pretraining, model: Transformer, device: torch.device, objective, batch) -> int:
+    """Rows of one pass: as config.json has them, as the settings say, or as many as fit: predicted, on a GPU measured.
+
+    A model of which each process holds a part is only predicted: what is measured is a step of the whole one.
+    """
     known = work.config.get("plan")
     rows = known.get("micro_batch") if isinstance(known, dict) else None
-    return rows or work.settings.train.micro_batch or work.micro_batch(model, device)
+    rows = rows or work.settings.train.micro_batch
+    if rows is not None:
+        return rows
+    rows = work.micro_batch(model, device)
+    if device.type != "cuda" or (work.team.size > 1 and work.settings.train.parallel == "fsdp"):
+        return rows
+    whole, dtype = batch(0).to(device), choose_dtype(work.settings, device)
+    context = autocast(device.type, dtype)
+    rows = memory.measured_rows(
+        rows, work.settings, model=model, device=device, objective=objective, batch=whole, precision=context
+    )
+    return min(work.team.gather(rows))
 
 
 def _plan(work: Pretraining, model: Transformer, device, batch, objective, micro: int, signals: Signals) -> Plan:

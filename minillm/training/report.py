@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config import Settings, to_dict
+from minillm.training import breakdown
 from minillm.training.charts import Level, Line, chart, compact, duration, finite, number, round_step
 from minillm.training.page import page
 from minillm.training.run import read_config, read_metrics
@@ -32,6 +33,7 @@ def write_report(run: Path) -> Path:
         _verdict(config, metrics, result),
         _curves(metrics, result),
         _samples(metrics),
+        breakdown.section(run),
         _what_ran(config, metrics),
         _settings(config.get("settings") or {}),
         _next(run, config, metrics),

@@ -49,7 +49,7 @@ def clear_run(folder: Path) -> None:
     """Removes what a run has put into its folder, and nothing else."""
     for name in ("checkpoints", "data", "tokenizer", "tensorboard", "adapter", "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.json", "metrics.jsonl", "report.html", "result.json"):
+    for name in ("config.json", "metrics.jsonl", "report.html", "result.json", "profile.json", "trace.json.gz"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,0 +1,140 @@
+"""How many rows go through the model at once: measured on a GPU before the run, and fewer where memory runs out in it.
+
+A step's rows are passed in micro-batches whose gradients add up, so their size changes what a step takes and, but for
+rounding and the draws of dropout, nothing that it learns.
+"""
+
+import copy
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from minillm.config import Settings, UserError
+from minillm.data.batch import Batch
+from minillm.training.objectives import Objective
+from minillm.training.optim import build_optimizers
+
+SPARE = 0.9
+"""Share of a GPU's free memory that a measured step may take; the rest is for what allocators cannot give back."""
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether it is a device that has no more memory, or a CPU whose process may have no more of it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Gives back what a failed attempt has left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def smaller(rows: int, batch: int) -> int | None:
+    """The largest divisor of the batch that is at most half of `rows`; None below one row."""
+    return next((fewer for fewer in range(rows // 2, 0, -1) if batch % fewer == 0), None)
+
+
+def what_helps(settings: Settings, device: str) -> str:
+    """What a person can change where not even one row fits."""
+    less = "" if settings.train.checkpoint_activations else "--train.checkpoint-activations, or "
+    return (
+        f"free memory of the {device}, or begin a run with {less}a smaller --model.context, --model.dim or "
+        "--model.layers"
+    )
+
+
+def largest(first: int, batch: int, room: float, peak: Callable[[int], int | None]) -> int | None:
+    """The largest divisor of the batch with which a step fits, found by trying few of them; None where not even 1 does.
+
+    Args:
+        first: the divisor to begin with.
+        room: bytes.
+        peak: rows -> bytes at the peak of a step; None where memory ran out.
+
+    Two measurements tell what a row takes; with one alone everything is thought to be in proportion to the rows, which
+    guesses too few, since weights are not.
+    """
+    left = [rows for rows in range(1, batch + 1) if batch % rows == 0]
+    fits, at_fits, rows = None, 0, first
+    while True:
+        need = peak(rows)
+        if need is None or need > room:
+            left = [n for n in left if n < rows]
+            rows = left[len(left) // 2] if left else 0
+        else:
+            each = max(1.0, (need - at_fits) / (rows - (fits or 0)))
+            fits, at_fits, left = rows, need, [n for n in left if n > rows]
+            safe = [n for n in left if need + (n - rows) * each <= room]
+            rows = safe[-1] if safe else left[0] if left else 0
+        if not left:
+            return fits
+
+
+def measured_rows(
+    first: int,
+    settings: Settings,
+    *,
+    model: nn.Module,
+    device: torch.device,
+    objective: Objective,
+    batch: Batch,
+    precision: Callable[[], AbstractContextManager],
+) -> int:
+    """`largest` with real steps of a copy of the model on a GPU, uncompiled: compiled ones need less.
+
+    Args:
+        first: rows to begin with, as they were predicted.
+        batch: all rows of a step, on the device.
+        precision: the context of the forward pass.
+
+    Raises `UserError` where one row is too much.
+    """
+    own = sum(p.nbytes for p in model.parameters())  # the copy's: in training there is none
+    room = SPARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+    def peak(rows: int) -> int | None:
+        release(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            _two_steps(copy.deepcopy(model), settings, objective, list(batch.split(rows))[:2], precision)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            return None
+        return torch.cuda.max_memory_allocated(device) - own
+
+    try:
+        rows = largest(first, len(batch.samples), room, peak)
+    finally:
+        release(device)
+    if rows is None:
+        raise UserError(
+            f"{device.type} memory runs out even with one sequence at a time: {what_helps(settings, 'GPU')}"
+        )
+    return rows
+
+
+def _two_steps(
+    model: nn.Module,
+    settings: Settings,
+    objective: Objective,
+    parts: list[Batch],
+    precision: Callable[[], AbstractContextManager],
+) -> None:
+    """Steps with one micro-batch, or two where there are several: the second one meets the gradients of the first.
+
+    Two steps, since the optimizer's state exists from the first one's end on.
+    """
+    optimizers = build_optimizers(model, settings.optim)
+    for _ in range(2):
+        for part in parts:
+            with precision():
+                loss = objective(model, part)
+            loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
