@@ -4,6 +4,7 @@ kernels      every Triton kernel against its peers; --codegen: what the compiler
 tune         finds the launch choices of this GPU and rewrites kernels/tuned/
 generation   tokens a second with and without KV cache, beside Transformers
 tokenizer    compression and speed of the tokenizer
+training     steps of pretraining beside Transformers and nanoGPT
 learning     what each lever of the speed recipe gains; how soon it gets where nanoGPT gets
 finetuning   every method of finetuning beside training from scratch, on sentences in three classes
 tasks        the default run of each task: its time, and what it beats
@@ -52,6 +53,12 @@ def tokenizer(arguments: argparse.Namespace) -> int:
     from benchmarks import tokenizer
 
     return tokenizer.run(arguments.out, quick=arguments.quick)
+
+
+def training(arguments: argparse.Namespace) -> int:
+    from benchmarks import training
+
+    return training.run(arguments.model or (), arguments.nanogpt, arguments.out, quick=arguments.quick)
 
 
 def learning(arguments: argparse.Namespace) -> int:
@@ -123,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
     added = command(generation, "tokens a second", quick="a tiny model, few tokens")
     added.add_argument("--model", metavar="MODEL", help="a preset's name or a MODEL folder (default: gpt2)")
     command(tokenizer, "compression, MB a second", quick="a small part of the corpus")
+    added = command(training, "steps of pretraining", quick="a tiny model, few steps")
+    added.add_argument(
+        "--model", action="append", metavar="NAME", help="one case, may be repeated (default: the device's)"
+    )
+    added.add_argument("--nanogpt", type=Path, metavar="DIR", help="an unmodified checkout, as another peer")
     added = command(learning, "loss against tokens, seconds and FLOPs", quick="a few steps of each")
     added.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare (default: nanoGPT's input.txt)")
     added.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT to train beside ours")

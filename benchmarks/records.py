@@ -69,10 +69,10 @@ def provenance(*packages: str) -> Row:
     }
 
 
-def sources(root: Path = ROOT) -> str:
-    """12 hex digits that change with the kernels, their tuned tables, or the way in which they are measured."""
+def sources(root: Path = ROOT, places: Iterable[str] = MEASURED) -> str:
+    """12 hex digits that change with what is measured (the kernels and their tuned tables), or the way it is."""
     digest = hashlib.sha256()
-    for place in MEASURED:
+    for place in places:
         path = root / place
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".py", ".json"))
         for file in files:
