@@ -5,8 +5,6 @@ backend takes. Checkpoints have a line of their own, since they are written whil
 """
 
 import os
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from minillm.config import Settings, TrainConfig, UserError
 from minillm.data.batch import Batch
 from minillm.training import checkpoint, nonfinite, parts
 from minillm.training.distributed import Alone, Call, whole
+from minillm.training.logs import Logs
 from minillm.training.muon import SharedMuon
 from minillm.training.objectives import Objective
 from minillm.training.signals import Signals, Stopped
@@ -37,7 +36,7 @@ SETTLING = 6.0
 class Group(Alone):
     muon = SharedMuon
 
-    def __init__(self, store: Any, rank: int, size: int, logs: "Logs"):
+    def __init__(self, store: Any, rank: int, size: int, logs: Logs):
         self.rank, self.size, self.store, self.logs = rank, size, store, logs
         self.talk = dist.new_group(backend="gloo")
         self.writing = dist.new_group(backend="gloo")
@@ -208,6 +207,7 @@ class Group(Alone):
             saving, self.saving = self.saving, None
             with self.busy("saving"):
                 saving.result()
+            self.barrier()  # only the lead knows when the folder is in its place
 
     def random_of(self, state: dict[str, Any]) -> dict[str, Any] | None:
         known = state.get("random_of_ranks", [state["random"]])
@@ -258,43 +258,3 @@ def _leave() -> None:
     """Whatever still waits for the other ranks must not keep a process that has failed."""
     time.sleep(3 * SETTLING)
     os._exit(1)
-
-
-class Logs:
-    """Where stdout and stderr of a rank go: the lead's to the terminal, the others' to a file each.
-
-    Until the run folder is known they are kept, and shown only where the process breaks down before it is.
-    """
-
-    def __init__(self, rank: int):
-        self.rank, self.terminal = rank, os.dup(2)
-        self.kept: Any = None
-        if rank:
-            self.kept = tempfile.TemporaryFile()  # noqa: SIM115 - open until the log is
-            self._point(self.kept.fileno())
-
-    def go_to(self, path: Path) -> None:
-        if self.kept is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sys.stderr.flush()
-        self.kept.seek(0)
-        with path.open("ab") as log:
-            log.write(self.kept.read())
-            log.flush()
-            self._point(log.fileno())
-        self.kept.close()
-        self.kept = None
-
-    def broke_down(self) -> None:
-        """What was kept, and what is still to come, goes to the terminal."""
-        if self.kept is not None:
-            sys.stderr.flush()
-            self.kept.seek(0)
-            os.write(self.terminal, self.kept.read())
-            self._point(self.terminal)
-
-    @staticmethod
-    def _point(target: int) -> None:
-        for number in (1, 2):
-            os.dup2(target, number)

@@ -92,6 +92,7 @@ def spread_job(team: Alone, run: Path, **values: Any) -> Job:
     work = job(run, **values)
     first, count = team.rows(work.settings.train.batch)
     call = team.spread(work.model, work.settings.train)
+    torch.manual_seed(team.rank)  # as with dropout, of which each rank draws its own
     return replace(
         work,
         plan=replace(work.plan, micro_batch=min(work.plan.micro_batch, count)),
@@ -103,13 +104,12 @@ def spread_job(team: Alone, run: Path, **values: Any) -> Job:
     )
 
 
-def trained(rank: int, run: Path, resume: bool, values: dict[str, Any]) -> Any:
+def trained(rank: int, run: Path, values: dict[str, Any]) -> Any:
     """Trains in a group, or alone; returns what the loop wrote, from rank 0."""
     with join() as team:
         team.log_to(run)
         work = spread_job(team, run, **values)
-        folder = team.share(checkpoint.resolve(run)) if resume else None
-        train(work, Signals(), resume_from=folder)
+        train(work, Signals())
         return losses(run)
 
 
@@ -118,15 +118,24 @@ def commanded(rank: int, argv: list[str]) -> int:
     return command("train", argv)
 
 
-def loaded(rank: int, run: Path, values: dict[str, Any]) -> Any:
-    """(weights, moments of the optimizers, random states) of the newest checkpoint, as the ranks together have them."""
+def resumed(rank: int, run: Path, values: dict[str, Any]) -> Any:
+    """Goes on from the newest checkpoint; what the ranks together have loaded, and what the loop wrote, from rank 0.
+
+    (weights, moments of the optimizers, random states by rank, losses)
+    """
     with join() as team:
+        team.log_to(run)
         work = spread_job(team, run, **values)
-        _load(work, torch.amp.GradScaler("cpu", enabled=False), checkpoint.resolve(run))
-        weights = {name: whole(x) for name, x in work.model.state_dict().items()}
+        folder = team.share(checkpoint.resolve(run))
+        _load(work, torch.amp.GradScaler("cpu", enabled=False), folder)
+        weights = {name: whole(x).clone() for name, x in work.model.state_dict().items()}
         states = [optimizer.state_dict()["state"] for optimizer in work.optimizers]
-        moments = [{key: {k: whole(x) for k, x in each.items()} for key, each in state.items()} for state in states]
-        return weights, moments, team.gather(torch.get_rng_state())
+        moments = [
+            {key: {k: whole(x).clone() for k, x in each.items()} for key, each in state.items()} for state in states
+        ]
+        random = team.gather(torch.get_rng_state())
+        train(work, Signals(), resume_from=folder)
+        return weights, moments, random, losses(run)
 
 
 def misbehaving(rank: int, run: Path, what: str, values: dict[str, Any]) -> None:
