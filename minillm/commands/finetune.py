@@ -229,7 +229,9 @@ def resume(
 
     run = Path(folder)
     config = read_config(run)
-    if "base" not in config:  # an imported classifier has a task too
+    if "imported" in config:
+        raise UserError(f"{run} was imported and holds no training to go on with; minillm finetune {run} begins one")
+    if "task" not in config:
         raise UserError(f"{run} is no finetuning; go on with it: python train.py --resume {run}")
     settings = from_dict(Settings, config["settings"])
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]

@@ -163,7 +163,7 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     if (run / "MANIFEST.json").exists():
         raise UserError(f"{run} is a checkpoint; --resume takes the folder of its run: --resume {run.parent.parent}")
     config = read_config(run)
-    if "task" in config:
+    if "task" in config or "imported" in config:
         refuse_group("finetune")
         return finetune.resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
     settings = from_dict(Settings, config["settings"])

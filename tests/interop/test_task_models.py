@@ -313,6 +313,9 @@ def test_a_classifier_on_an_imported_bert_begins_with_its_pooler(tmp_path: Path,
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert opened.config.id2label == {0: "blue", 1: "red"}
     assert minillm(capsys, "import", tmp_path / "out", "--out", tmp_path / "again").code == 0
+    for name, folder in (("finetune", "again"), ("train", "imported")):
+        resumed = minillm(capsys, name, "--resume", tmp_path / folder)
+        assert resumed.code == 2 and "was imported and holds no training to go on with" in resumed.err
     answers = [
         [json.loads(line) for line in minillm(capsys, "predict", model, "--input", data).out.splitlines()]
         for model in (run, tmp_path / "out", tmp_path / "again")
