@@ -229,6 +229,8 @@ def joined() -> Iterator[Group]:
     rank = int(os.environ["RANK"])
     logs = Logs(rank)
     store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun may keep the store over its attempts, and what the ranks of the last one left there leads nowhere.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
