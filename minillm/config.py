@@ -354,9 +354,9 @@ class TrainConfig:
     micro_batch: int | None = None
     """Sequences in one forward and backward pass; a step accumulates as many as it needs. None: what fits."""
     eval_every: int | None = None
-    """Steps between validations. None: a tenth of the run."""
+    """Steps between validations. None: a tenth of the run; of `minutes` as many as cost a twentieth of them."""
     save_every: int | None = None
-    """Steps between checkpoints. None: as often as validations."""
+    """Steps between checkpoints. None: as often as validations; in `minutes` at least five."""
     log_every: int | None = None
     """Steps between lines of the log. None: a hundredth of the run."""
     keep: int = 2

@@ -28,8 +28,8 @@ BF16_WIDTH = 192
 """Narrower models spend their time between the matrix products, where bf16 only adds conversions."""
 
 
-VALIDATING = 0.15
-"""Share of the planned minutes that may go into validations."""
+VALIDATING, SAVES = 0.05, 5
+"""Share of the planned minutes that may go into validations (one at either end there is always), and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,9 @@ def make_plan(
     validation = validation_rows / team.size * for_row
     if steps is None:
         steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, train.eval_every)
+        save_every = min(eval_every, math.ceil(steps / SAVES))
     else:
-        eval_every = train.eval_every or max(1, math.ceil(steps / 10))
+        save_every = eval_every = train.eval_every or max(1, math.ceil(steps / 10))
     return Plan(
         device=device.type,
         dtype=dtype,
@@ -133,7 +134,7 @@ def make_plan(
         micro_batch=micro_batch,
         steps=steps,
         eval_every=eval_every,
-        save_every=train.save_every or eval_every,
+        save_every=train.save_every or save_every,
         log_every=train.log_every or max(1, steps // 100),
         seconds_per_step=seconds,
         seconds_per_validation=validation,

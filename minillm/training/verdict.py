@@ -123,9 +123,11 @@ def _memorising(result: Scores, best_step: int, best: float, epochs: float) -> l
             f"({score(last)}): it begins to memorise, though the validation still improves."
         ]
     sentence = f"No overfitting: {score(train)} on training text, {score(last)} on held-out text."
-    before = next((y for step, y in reversed(result.validation) if step <= 0.75 * last_step), None)
-    if before is not None and last < 0.99 * before:
-        sentence += f" The last quarter still gained {1 - last / before:.1%}: a longer run would go lower."
+    earlier = ((step, y) for step, y in reversed(result.validation) if step <= 0.75 * last_step)
+    step, before = next(earlier, (0, last))
+    if step >= 0.5 * last_step and last < 0.99 * before:
+        share = f"{1 - step / last_step:.0%}"
+        sentence += f" The last {share} of the steps still gained {1 - last / before:.1%}: a longer run would go lower."
     return [sentence]
 
 

@@ -203,9 +203,11 @@ def test_the_verdict_names_what_was_beaten_and_by_how_much() -> None:
         "The model reached 1.750 bits per byte on held-out text, at step 100, down from 4.100 at step 0.",
         "It beats uniform (4.000, by 56%), unigram (3.000, by 42%), bigram (2.500, by 30%) and gzip -9 (1.930, by 9%).",
         "It does not yet beat xz -9 (1.590, 10% short).",
-        "No overfitting: 1.700 on training text, 1.750 on held-out text. The last quarter still gained 20.5%: a longer "
-        "run would go lower.",
+        "No overfitting: 1.700 on training text, 1.750 on held-out text. The last 50% of the steps still gained "
+        "20.5%: a longer run would go lower.",
     ]
+    ends = verdict(config(), [line for line in GOOD if line.get("split") != "val" or line["step"] in (0, 100)])
+    assert ends[-1] == "No overfitting: 1.700 on training text, 1.750 on held-out text."  # nothing is known in between
     poor = verdict(config(), [BASELINES, val(0, 4.4), end(0)])
     assert poor[-1].startswith("It does not beat uniform (4.000, 10% short), unigram") and len(poor) == 2
 

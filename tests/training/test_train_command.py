@@ -143,6 +143,7 @@ def test_minutes_become_steps(capsys, text: Path, tmp_path: Path, monkeypatch) -
         rows = -(-config["corpus"]["val_tokens"] // 16)
         assert config["plan"]["steps"] == int((6 - validations * rows * for_row) / 0.2) > 2
         assert len(lines(run, "val")) == validations
+        assert config["plan"]["save_every"] == -(-config["plan"]["steps"] // 5)
         assert config["settings"]["minutes"] == 0.1 and config["settings"]["steps"] is None
     monkeypatch.setattr("minillm.training.plan._measure", lambda *_: (0.2, 0.01))
     often = tmp_path / "often"
