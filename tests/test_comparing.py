@@ -69,7 +69,7 @@ def test_each_row_is_saved_as_it_comes_and_what_is_missing_is_done_on_resume(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], here: type[Here]
 ) -> None:
     data, out = classify_file(tmp_path / "data.jsonl"), tmp_path / "all"
-    argv = ["--task", "classify", "--data", data, "--method", "all", "--out", out, "--steps", 3, *FAST]
+    argv = ["--task", "classify", "--data", data, "--method", "all", "--out", out, "--steps", 1, *FAST]
     here.codes = {"freeze": 2, "lora": 143}
     stopped = minillm(capsys, "finetune", encoder, *argv)
     assert stopped.code == 143 and f"minillm finetune --resume {out}" in stopped.err
@@ -93,10 +93,10 @@ def test_each_row_is_saved_as_it_comes_and_what_is_missing_is_done_on_resume(
     assert refused.code == 2 and "already holds a comparison" in refused.err and not here.begun
     wrong = minillm(capsys, "finetune", "--resume", out, "--steps", 9)
     assert wrong.code == 2 and "it goes on with the options that it began with" in wrong.err
-    again = minillm(capsys, "finetune", encoder, *argv, "--overwrite")
-    assert again.code == 0 and [command[-1] for command in here.begun] == [
-        str(out / name) for name in (SCRATCH, "full", "freeze", "lora")
-    ]
+    here.codes = dict.fromkeys([SCRATCH, "full", "freeze", "lora"], 2)
+    minillm(capsys, "finetune", encoder, *argv, "--overwrite")
+    assert [command[-1] for command in here.begun] == [str(out / name) for name in here.codes]
+    assert not list(out.rglob("result.json"))
 
 
 def test_no_method_at_all_is_an_error(
