@@ -246,7 +246,7 @@ def _run(
         show_baselines=lambda values: _say(baselines_text(values)),
         log=trackers,
         team=team,
-        profile=partial(_profile, settings, run) if profile and team.lead else None,
+        profile=partial(_profile, settings, run, team.size) if profile and team.lead else None,
     )
     try:
         outcome = pretrain(work, signals, resume_from=resume_from)
@@ -261,8 +261,11 @@ def _run(
     return outcome.code
 
 
-def _profile(settings: Settings, run: Path, plan: Any) -> Any:
-    """What watches the steps of `--profile`. Raises `UserError` for a run that ends before they are recorded."""
+def _profile(settings: Settings, run: Path, processes: int, plan: Any) -> Any:
+    """What watches the steps of `--profile`, on one of so many processes.
+
+    Raises `UserError` for a run that ends before they are recorded.
+    """
     import torch
 
     from minillm import preflight
@@ -277,7 +280,7 @@ def _profile(settings: Settings, run: Path, plan: Any) -> Any:
         dtype=plan.dtype,
         flops={PRODUCTS: products, ATTENTION: attention},
         whole_flops=preflight.flops_per_token(settings.model),
-        tokens=settings.train.batch * settings.model.context,
+        tokens=settings.train.batch * settings.model.context // processes,
         compiled=plan.compile,
         say=_say,
     )
