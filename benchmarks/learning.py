@@ -32,9 +32,9 @@ from benchmarks.records import ROOT, Row
 PARTS = ("peer", "short", "equal", "long", "default", "ladder")
 SIZE = [
     "--model.layers", "3", "--model.heads", "2", "--model.dim", "128", "--model.context", "128", "--train.batch", "16",
-    "--train.micro-batch", "16", "--train.sample-tokens", "0", "--data.no-separate",
+    "--train.micro-batch", "16", "--train.sample-tokens", "1", "--data.no-separate",
 ]  # fmt: skip
-STEPS = 200
+STEPS = 120
 RUNGS: list[tuple[str, list[str]]] = [
     ("AdamW, cosine, GELU, tied", ["--model.mlp.kind", "gelu", "--optim.lr", "3e-3"]),
     ("Muon", ["--optim.name", "muon"]),
@@ -59,18 +59,10 @@ SPEEDRUN = ["--preset", "speedrun-char"]
 START = {"off": 10.0, "on": 36.0}
 """Seconds that a process spends besides what `--minutes` counts, with and without compilation."""
 SHORT = [
-    "--compile",
-    "off",
-    "--model.dim",
-    "128",
-    "--model.layers",
-    "3",
-    "--model.heads",
-    "2",
-    "--model.context",
-    "128",
-]
-LONG = ["--model.dropout", "0.1"]
+    "--compile", "off", "--dtype", "bf16", "--model.dim", "128", "--model.layers", "2", "--model.heads", "2",
+    "--model.context", "64", "--train.batch", "24", "--train.micro-batch", "24",
+]  # fmt: skip
+LONG = ["--model.speedrun.ngram-dropout", "0.5"]
 
 
 def run(
@@ -120,10 +112,8 @@ def ladder(text: Path, work: Path, seeds: int, *, quick: bool) -> Iterator[tuple
             options += ["--train.eval-every", str(max(1, steps // 5))]
             for rung, (name, added) in enumerate(RUNGS):
                 options += added
-                yield (
-                    {"kernel": "ladder", "shape": {"corpus": corpus, "rung": rung, "seed": seed}, "name": name},
-                    options,
-                )
+                shape = {"corpus": corpus, "rung": rung, "seed": seed}
+                yield {"kernel": "ladder", "shape": shape, "name": name}, list(options)
 
 
 def prepare(corpus: str, text: Path, data: Path) -> None:
@@ -134,7 +124,7 @@ def prepare(corpus: str, text: Path, data: Path) -> None:
     config = ["--model.layers", "1", "--model.dim", "8", "--model.heads", "1", "--model.context", "8", "--steps", "1"]
     run = data.with_name("made")
     kind = ["--tokenizer.type", "char"] if character else []
-    train([*config, *kind, "--data", source, "--data.validation", share, "--train.sample-tokens", "0"], run)
+    train([*config, *kind, "--data", source, "--data.validation", share, "--train.sample-tokens", "1"], run)
     shutil.copytree(run / "data", data)
     shutil.copytree(run / "tokenizer", data / "tokenizer", dirs_exist_ok=True)
 
@@ -153,7 +143,7 @@ def goal(part: str, text: Path, peer: Row | None, *, quick: bool) -> tuple[Row, 
     data = [] if part == "default" else ["--data", str(text)]
     case = {"kernel": "goal", "shape": {"goal": part}, "allowed": wall}
     length = ["--steps", "3"] if quick else ["--minutes", f"{minutes:.4f}"]
-    rest = ["--train.sample-tokens", "0", "--train.eval-every", str(10**6)]  # validation at the start and at the end
+    rest = ["--train.sample-tokens", "1", "--train.eval-every", str(10**6)]  # validation at the start and at the end
     return case, [*options, *data, *length, *rest]
 
 

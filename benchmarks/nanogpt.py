@@ -53,7 +53,7 @@ def train_nanogpt(checkout: Path, text: Path, work: Path, *, steps: int) -> Row:
     began = time.perf_counter()
     _python(work, "train.py", *SETTINGS, *length)
     wall = time.perf_counter() - began
-    loss, targets = _python(work, "-c", SCORE, str(CONTEXT)).split()
+    loss, targets = _python(work, "-c", SCORE, str(CONTEXT)).splitlines()[-1].split()  # its model prints its size first
     return {
         "kernel": PEER, "wall": wall, "loss": float(loss), "targets": int(targets), "settings": [*SETTINGS, *length],
         "tokens": steps * 12 * CONTEXT, "peer_commit": _commit(checkout),

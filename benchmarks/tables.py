@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.learning import goals
+from benchmarks.nanogpt import PEER
 from benchmarks.records import Row
 
 BLOCK = re.compile(
@@ -273,7 +275,45 @@ def training(results: Path) -> str:
     return "\n\n".join(parts) or _missing("python -m benchmarks training")
 
 
+def learning(results: Path) -> str:
+    """The goals, met or not, beside the peer's figures of the same run."""
+    rows = [row for row in records.load(results / "learning.json") if not row["quick"]]
+    lines = goals(rows)
+    if not lines:
+        return _missing("python -m benchmarks learning --text FILE --nanogpt PATH")
+    body = [[line["goal"], line["ours"], "met" if line["met"] else "**not met**"] for line in lines]
+    peer = next((row for row in rows if row["kernel"] == PEER), None)
+    peers = f"nanoGPT: {peer['loss']:.4f} nats in {peer['wall']:.1f} s. " if peer else ""
+    load = max(row["load"] for row in rows if row["kernel"] != "ladder")
+    note = f"{peers}Wall time of whole processes. {rows[-1]['device']}, load up to {load}. {_versions(rows)}"
+    return markdown(["goal", "ours", ""], body) + f"\n\n{note}"
+
+
+def ladder(results: Path) -> str:
+    """A line for each lever, added to those above: bits per byte on each corpus, and what it gained."""
+    rows = [row for row in records.load(results / "learning.json") if row["kernel"] == "ladder" and not row["quick"]]
+    if not rows:
+        return _missing("python -m benchmarks learning --part ladder --text FILE")
+    corpora = list(dict.fromkeys(row["shape"]["corpus"] for row in rows))
+    body, before = [], dict.fromkeys(corpora, float("nan"))
+    for rung in sorted({row["shape"]["rung"] for row in rows}):
+        found = [row for row in rows if row["shape"]["rung"] == rung]
+        line = [("+ " if rung else "") + found[0]["name"]]
+        for corpus in corpora:
+            values = [row["bits_per_byte"] for row in found if row["shape"]["corpus"] == corpus]
+            mean = statistics.mean(values) if values else float("nan")
+            line += [_deviation(values) if values else "–", f"{mean - before[corpus]:+.3f}" if rung else ""]
+            before[corpus] = mean
+        body.append(line)
+    header = ["lever", *(cell for corpus in corpora for cell in (f"{corpus}, bits per byte", "change"))]
+    seeds, tokens = len({row["shape"]["seed"] for row in rows}), rows[0]["tokens"]
+    note = f"{tokens:,} tokens, {seeds} run{'s' if seeds > 1 else ''} of each. {rows[-1]['device']}. {_versions(rows)}"
+    return markdown(header, body) + f"\n\n{note}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "learning": learning,
+    "ladder": ladder,
     "codegen": codegen,
     "kernels": kernels,
     "generation": generation,

@@ -240,7 +240,7 @@ def _run(
         objective=run_objective(settings, tokenizer),
         config=config,
         micro_batch=micro_batch,
-        sample=run_sampler(settings, tokenizer, shards, source),
+        sample=run_sampler(settings, tokenizer, shards, source) if settings.train.sample_tokens else None,
         say=_say,
         show_plan=show_plan,
         show_baselines=lambda values: _say(baselines_text(values)),

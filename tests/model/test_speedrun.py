@@ -7,6 +7,7 @@ import torch
 
 from minillm.config import TrainConfig, UserError, from_dict
 from minillm.data.batch import Batch
+from minillm.interop.writing import family_of
 from minillm.model.attention import View
 from minillm.model.block import PreNormBlock
 from minillm.model.cache import KVCache
@@ -130,6 +131,14 @@ def test_levers_need_a_pre_norm_decoder() -> None:
             speedrun(**wrong)
     with pytest.raises(UserError, match="ngrams must be 0, or 2 to 16, not 1"):
         from_dict(type(speedrun()), {"speedrun": {"ngrams": 1}})
+
+
+@pytest.mark.parametrize("lever", [{"ngrams": 4}, {"mix": True}])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_no_published_format_has_a_place_for_a_lever(lever, position) -> None:
+    with pytest.raises(UserError, match=f"speedrun.{next(iter(lever))}"):
+        gpt2 = {"norm": {"kind": "layer"}, "mlp": {"kind": "gelu"}} if position == "learned" else {}
+        family_of(small(speedrun=lever, position={"kind": position}, **gpt2))
 
 
 def test_only_training_goes_through_the_compiled_blocks() -> None:

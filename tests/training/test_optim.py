@@ -130,3 +130,17 @@ def test_the_norm_is_that_of_all_gradients_together() -> None:
     a, b, c = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert gradient_norm([a, b, c]).item() == 5.0
+
+
+def test_what_is_looked_up_has_a_rate_of_its_own_and_products_one_by_their_width() -> None:
+    net = model(tied=False, position={"kind": "learned"}, speedrun={"ngrams": 3, "ngram_dim": 4})
+    config = OptimConfig(lr=0.004, embedding_lr=0.03, transfer=True)
+    (adamw,) = build_optimizers(net, config)
+    rates = {id(p): group["peak_lr"] for group in adamw.param_groups for p in group["params"]}
+    for name, p in net.named_parameters():
+        looked_up = name.startswith(("embedding", "ngram_embedding.tables", "decoder.position"))
+        expected = 0.03 if looked_up else 0.004 if p.ndim < 2 else 0.004 * 256 / p.shape[1]
+        assert rates[id(p)] == pytest.approx(expected), name
+    assert adamw.param_groups[0]["lr"] == 0.004, "the log shows the first group's rate"
+    assert set_learning_rate([adamw], 0, 10, OptimConfig(warmup=0, schedule="constant")) == 0.004
+    assert len({id(p) for group in adamw.param_groups for p in group["params"]}) == len(list(net.parameters()))
