@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from minillm.config import UserError
-from minillm.training import checkpoint, memory
+from minillm.data.loader import validation
+from minillm.training import checkpoint, memory, pretrain
+from minillm.training.distributed import Alone
 from minillm.training.loop import Job
 from tests.training.jobs import go, job, weights
-from tests.training.running import ROOT, events, losses
+from tests.training.running import ROOT, TINY, events, losses, train
 
 
 class Scarce:
@@ -82,6 +84,31 @@ def test_weights_that_have_moved_are_not_moved_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.amp.GradScaler, "step", step)
     with pytest.raises(UserError, match="while the optimizer moved the weights of step 1"):
         go(work)
+
+
+def test_one_of_several_processes_cannot_go_back_alone(tmp_path: Path) -> None:
+    class Pair(Alone):
+        size = 2
+
+    work = run(tmp_path)
+    work.team, work.objective = Pair(), Scarce(work, room=3, first=1)
+    with pytest.raises(UserError, match=r"on one process, with 6 sequences.*smaller --train.micro-batch"):
+        go(work)
+
+
+def test_validation_takes_no_more_rows_than_memory_has_for_training(text, tmp_path, capsys, monkeypatch) -> None:
+    seen = []
+
+    def recorded(*args, rows: int, **options):
+        seen.append(rows)
+        return validation(*args, rows=rows, **options)
+
+    monkeypatch.setattr(pretrain, "validation", recorded)
+    for micro in (4, 2):
+        out = tmp_path / str(micro)
+        done = train(capsys, "--data", text, "--out", out, *TINY, "--steps", 1, "--train.micro-batch", micro)
+        assert done.code == 0
+    assert seen == [32, 32, 2, 2]
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
