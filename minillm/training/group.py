@@ -24,6 +24,7 @@ from minillm.training.distributed import Alone, Call, whole
 from minillm.training.logs import Logs
 from minillm.training.muon import SharedMuon
 from minillm.training.objectives import Objective
+from minillm.training.plan import choose_device
 from minillm.training.signals import Signals, Stopped
 from minillm.training.spread import replicated, sharded
 from minillm.training.state import pack, unshare
@@ -60,6 +61,8 @@ class Group(Alone):
         if train.batch % size:
             near = size * max(1, round(train.batch / size))
             raise UserError(f"train.batch ({train.batch}) cannot be shared out evenly by {size} processes; take {near}")
+        if train.parallel == "ddp" and train.reduce_dtype == "bf16" and choose_device(settings.device).type != "cuda":
+            raise UserError("train.reduce_dtype=bf16 needs GPUs with ddp; leave it out, or take --train.parallel fsdp")
         if train.parallel == "fsdp":
             if size % (train.shard_ranks or size):
                 raise UserError(f"train.shard_ranks ({train.shard_ranks}) must divide the number of processes ({size})")

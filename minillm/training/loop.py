@@ -125,7 +125,9 @@ def precision(plan: Plan) -> Callable[[], AbstractContextManager]:
 class Loop:
     def __init__(self, job: Job, monitor: Monitor, signals: Signals, progress: Progress, scaler: torch.amp.GradScaler):
         self.job, self.monitor, self.signals, self.progress, self.scaler = job, monitor, signals, progress, scaler
-        self.parameters = [p for p in job.model.parameters() if p.requires_grad]
+        # By name from here on: fully_shard puts others in their place while it has them gathered.
+        self.weights = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.weights.values())
         self.precision, self.team = precision(job.plan), job.team
         # One that was saved before its validation ended is saved again after it, with what the validation found.
         self.saved: int | None = progress.step if progress.step and progress.chores_done else None
@@ -330,7 +332,7 @@ class Loop:
     def _layer_norms(self) -> dict[str, float]:
         """Gradient norm of each half-block in the last step, after clipping."""
         squares: dict[str, float] = {}
-        for name, p in self.job.model.named_parameters():
+        for name, p in self.weights.items():
             if p.grad is not None:
                 parts = name.split(".")
                 layer = ".".join(parts[:4]) if "blocks" in parts else parts[0]

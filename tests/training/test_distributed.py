@@ -39,8 +39,7 @@ def run(folder: Path, size: int, *changes: dict[str, Any]) -> list[tuple]:
 
 
 def assert_close(found: list[tuple], expected: list[tuple]) -> None:
-    """The same lines with the same numbers of targets, and losses within a relative 1e-5; at step 0 the same bits."""
-    assert found[0] == expected[0]
+    """The same lines with the same numbers of targets, and losses within a relative 1e-5."""
     assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
     assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=1e-5)
 
@@ -64,7 +63,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple]]:
 )
 def test_losses_are_those_of_one_process(tmp_path: Path, alone, size: int, optimizer: str, changes) -> None:
     chosen = (*changes, MUON) if optimizer == "muon" else changes
-    assert_close(run(tmp_path, size, *chosen), alone[optimizer])
+    found = run(tmp_path, size, *chosen)
+    assert_close(found, alone[optimizer])
+    if FSDP not in changes and HYBRID not in changes:  # gathered weights may lie otherwise in memory, and round so
+        assert found[0] == alone[optimizer][0], "a validation adds up in the order of the text, whoever scored what"
     folders = [checkpoint.resolve(tmp_path / "checkpoints" / f"step-{step}") for step in (2, 4)]
     assert [(folder / "parts").is_dir() for folder in folders] == [any("parallel" in c["train"] for c in changes)] * 2
     assert (tmp_path / "logs" / "rank-1.log").read_text().count("validation") == 3
@@ -191,6 +193,7 @@ def test_a_step_reads_the_same_rows_on_any_number_of_ranks() -> None:
         ({"train": {"parallel": "fsdp", "shard_ranks": 3}}, "train.shard_ranks .3. must divide"),
         ({"train": {"parallel": "fsdp"}, "dtype": "fp16"}, "take bf16"),
         ({"train": {"parallel": "fsdp"}, "compile": "on"}, "--compile on"),
+        ({"train": {"reduce_dtype": "bf16"}, "device": "cpu"}, "train.reduce_dtype=bf16 needs GPUs"),
     ],
 )
 def test_what_processes_cannot_do_is_said_in_one_line(changes: dict[str, Any], line: str) -> None:
