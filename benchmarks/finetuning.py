@@ -29,6 +29,8 @@ from minillm.training.signals import Signals, Stopped
 FILE = "finetuning.json"
 PRETRAIN = ["--preset", "mlm-tiny", "--steps", "1000", "--model.dropout", "0.1"]
 TUNE = ["--task", "classify", "--epochs", "3", "--train.eval-every", "267"]  # twice an epoch
+OWN = {"full": ["--optim.lr", "1e-3"]}
+"""The rate at which training from scratch goes by default too: the two then differ in their first weights alone."""
 QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}
 SEEDS = {SCRATCH: (1, 2, 3), "full": (1, 2, 3)}
 """Of the two whose difference is the question; the others are run once."""
@@ -51,7 +53,7 @@ def run(data: Path, work: Path, out: Path, *, quick: bool) -> int:
             _keep(path, majority(files["train"], files["test"]) | {"recipe": [], "quick": quick})
             options = [str(base), *tune, "--data", str(files["train"]), "--val", str(files["dev"])]
             for name, seed, argv in cases(options):
-                recipe = [*pretrain, *tune, name, seed]
+                recipe = [*pretrain, *tune, *OWN.get(name, []), name, seed]
                 if not _done(path, recipe):
                     print(f"--- {name}, seed {seed}", file=sys.stderr, flush=True)
                     row = tuned(argv, work / f"{name}-{seed}-{_short(recipe)}", files["test"])
@@ -68,7 +70,7 @@ def cases(options: list[str]) -> Iterator[tuple[str, int, list[str]]]:
     found = variants("classify", options)
     chosen = [(name, seed) for name in found for seed in SEEDS.get(name, (1,))]
     for name, seed in sorted(chosen, key=lambda case: (case[0] not in SEEDS, case[1])):
-        yield name, seed, [*found[name], "--seed", str(seed)]
+        yield name, seed, [*found[name], *OWN.get(name, []), "--seed", str(seed)]
 
 
 def sentences(train: Path, work: Path) -> Path:

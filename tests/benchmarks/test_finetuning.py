@@ -60,6 +60,7 @@ def test_every_method_once_and_what_is_compared_three_times(
     assert sentences == [{"text": f"train {n} ☃"} for n in range(9)]  # no label, nothing of dev or test
     runs = [Path(command[-1]).name.rpartition("-")[0] for command in commands[1:] if command[0] != "evaluate"]
     assert runs == ["from-scratch-1", "from-scratch-2", "full-1"]
+    assert commands[5][-5:-1] == ["--optim.lr", "1e-3", "--seed", "1"]  # full, at the rate of from scratch
     assert commands[1][-4:-1] == ["s", "--seed", "1"] and f"{data}/sst3-dev.jsonl" in commands[1]
     assert not any("sst3-test" in word for command in commands if command[0] != "evaluate" for word in command)
     rows = records.load(out / "finetuning.json")
