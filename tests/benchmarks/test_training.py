@@ -1,8 +1,5 @@
 """python -m benchmarks training: ours and Transformers' model do the same work, or nothing is written."""
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -78,13 +75,3 @@ def test_batches_are_the_same_on_every_call():
     again = training.batch(source, of, 3)
     assert torch.equal(ids, again[0]) and torch.equal(ids[:, 1:], targets[:, :-1]) and ids.max() < 65
     assert not torch.equal(ids, training.batch(source, of, 4)[0])
-
-
-@pytest.mark.prove
-def test_peak_memory_is_that_of_a_process_of_its_own(monkeypatch):
-    monkeypatch.undo()
-    of = training.setting("shakespeare-char", torch.device("cpu"), quick=False)
-    small = training.peak_memory(of, "minillm", None)
-    wide = replace(of, settings=replace(of.settings, train=replace(of.settings.train, batch=192, micro_batch=None)))
-    assert 2**20 < small < training.peak_memory(wide, "minillm", None) < 2**31
-    assert Path("/proc/self/statm").exists()

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from minillm.training import checkpoint, memory, pretrain
 from minillm.training.distributed import Alone
 from minillm.training.loop import Job
 from tests.training.jobs import go, job, weights
-from tests.training.running import ROOT, TINY, events, losses, train
+from tests.training.running import TINY, events, losses, train
 
 
 class Scarce:
@@ -144,41 +141,3 @@ def test_the_largest_number_of_rows_that_fits(weights: int, per_row: int, first:
         wanted = max((n for n in divisors if weights + n * per_row <= room), default=None)
         assert memory.largest(first, 48, room, peak) == wanted
         assert len(tried) <= 5
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import torch
-from tests.training.jobs import go, job, rows
-from tests.training.running import losses
-from minillm.data.batch import Batch
-torch.set_num_threads(1)
-
-def wide(first, count):
-    ids = torch.arange(512).remainder(11).expand(count, -1).contiguous()
-    return Batch(ids=ids, targets=ids.clone(), samples=tuple(range(first, first + count)))
-
-work = job(Path(sys.argv[1]), steps=2, train={"batch": 64}, model={"context": 512, "dim": 256})
-work.batch = lambda step: wide(64 * step, 64)
-work.validation = lambda: [rows(0, 4)]
-size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]) * 2**20,) * 2)
-go(work)
-print(work.plan.micro_batch, *[loss for split, _, loss, _ in losses(work.run) if split == "train"])
-"""
-
-
-@pytest.mark.prove
-@pytest.mark.skipif(sys.platform != "linux", reason="a limit that the kernel keeps")
-def test_a_process_that_may_have_no_more_memory_goes_on_with_fewer_rows(tmp_path: Path) -> None:
-    found = {}
-    for room in (16_000, 700):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", LIMITED, tmp_path / str(room), str(room)],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        found[room] = [float(x) for x in done.stdout.split()]
-    assert found[16_000][0] == 64 and found[700][0] < 64
-    assert found[700][1:] == pytest.approx(found[16_000][1:], rel=1e-5)
