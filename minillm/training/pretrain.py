@@ -147,7 +147,7 @@ def _micro_batch(work: Pretraining, model: Transformer, device: torch.device, ob
         return rows
     rows = work.micro_batch(model, device)
     if device.type != "cuda" or (work.team.size > 1 and work.settings.train.parallel == "fsdp"):
-        return rows
+        return min(work.team.gather(rows))
     whole, dtype = batch(0).to(device), choose_dtype(work.settings, device)
     context = autocast(device.type, dtype)
     rows = memory.measured_rows(
@@ -179,6 +179,7 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, micro
             poll=partial(work.team.poll, signals, midway=True),
             team=work.team,
         )
+        plan = work.team.share(plan)
     _keep_plan(work, plan)
     return plan
 

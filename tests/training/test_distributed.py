@@ -18,7 +18,7 @@ from minillm.training.distributed import micro_batch
 from minillm.training.group import Group
 from minillm.training.muon import SharedMuon
 from tests.training.ranks import Ranks, commanded, resumed, trained
-from tests.training.running import TINY, events, losses, train
+from tests.training.running import TINY, events, lines, losses, train
 from tests.training.saving import same
 
 FSDP = {"train": {"parallel": "fsdp"}}
@@ -38,6 +38,10 @@ def run(folder: Path, size: int, *changes: dict[str, Any]) -> list[tuple]:
     return Ranks(size, trained, folder, values(*changes)).results()[0]
 
 
+def norms(run: Path) -> list[float]:
+    return [line["grad_norm"] for line in lines(run, "train")]
+
+
 def assert_close(found: list[tuple], expected: list[tuple]) -> None:
     """The same lines with the same numbers of targets, and losses within a relative 1e-5."""
     assert [line[:2] + line[3:] for line in found] == [line[:2] + line[3:] for line in expected]
@@ -45,10 +49,11 @@ def assert_close(found: list[tuple], expected: list[tuple]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple]]:
-    """Losses of one process, by optimizer."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    """Losses, and norms of the gradients, of one process by optimizer."""
     folder = tmp_path_factory.mktemp("alone")
-    return {name: run(folder / name, 1, *change) for name, change in {"adamw": (), "muon": (MUON,)}.items()}
+    found = {name: run(folder / name, 1, *change) for name, change in {"adamw": (), "muon": (MUON,)}.items()}
+    return found | {f"norms of {name}": norms(folder / name) for name in found}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,7 @@ def test_losses_are_those_of_one_process(tmp_path: Path, alone, size: int, optim
     chosen = (*changes, MUON) if optimizer == "muon" else changes
     found = run(tmp_path, size, *chosen)
     assert_close(found, alone[optimizer])
+    assert norms(tmp_path) == pytest.approx(alone["norms of " + optimizer], rel=1e-4)  # Adam would forgive any factor
     if FSDP not in changes and HYBRID not in changes:  # gathered weights may lie otherwise in memory, and round so
         assert found[0] == alone[optimizer][0], "a validation adds up in the order of the text, whoever scored what"
     folders = [checkpoint.resolve(tmp_path / "checkpoints" / f"step-{step}") for step in (2, 4)]
@@ -82,12 +88,12 @@ def test_a_checkpoint_of_two_is_read_by_one_and_by_four(tmp_path: Path, alone, c
         folder = checkpoint.resolve(tmp_path)
         assert folder.name == "step-2"
         state = checkpoint.load_state(folder)
-        weights, moments, random, lines = Ranks(size, resumed, tmp_path, values(*changes)).results()[0]
+        weights, moments, random, wrote = Ranks(size, resumed, tmp_path, values(*changes)).results()[0]
         assert same(weights, checkpoint.load_weights(folder))
         assert same(moments, [each["state"] for each in state["optimizers"]])
         saved = [each["cpu"] for each in state["random_of_ranks"]]
         assert same(random[:2], saved[:size]) and not torch.equal(*saved)
-        assert_close(lines, alone["muon"])
+        assert_close(wrote, alone["muon"])
 
 
 def shorten(run: Path, step: int) -> None:
@@ -132,8 +138,8 @@ def test_the_command_by_two_is_the_command_by_one(capsys, text: Path, tmp_path: 
         e["text"] for e in events(tmp_path / "one", "sample")
     ]
     assert events(tmp_path / "two", "layers")[-1]["active"] == events(tmp_path / "one", "layers")[-1]["active"]
-    norms = [events(tmp_path / name, "layers")[-1]["grad_norms"] for name in ("two", "one")]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    layers = [events(tmp_path / name, "layers")[-1]["grad_norms"] for name in ("two", "one")]
+    assert layers[0] == pytest.approx(layers[1], rel=1e-3)
     assert (tmp_path / "two" / "report.html").exists()
     ids = torch.arange(12)[None]
     (ours, _), (theirs, _) = load(tmp_path / "two"), load(tmp_path / "one")
