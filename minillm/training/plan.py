@@ -28,8 +28,9 @@ BF16_WIDTH = 192
 """Narrower models spend their time between the matrix products, where bf16 only adds conversions."""
 
 
-VALIDATING, SAVES = 0.05, 5
-"""Share of the planned minutes that may go into validations (one at either end there is always), and checkpoints."""
+VALIDATING, CHOOSING, SAVES = 0.05, 0.2, 5
+"""Share of the planned minutes that may go into validations (one at either end there is always), the same where they
+choose the best step and stop early, and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,8 @@ def make_plan(
     seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll, team)
     validation = validation_rows / team.size * for_row
     if steps is None:
-        steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, train.eval_every)
+        share = VALIDATING if train.patience is None else CHOOSING
+        steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, share, train.eval_every)
         save_every = min(eval_every, math.ceil(steps / SAVES))
     else:
         save_every = eval_every = train.eval_every or max(1, math.ceil(steps / 10))
@@ -141,11 +143,13 @@ def make_plan(
     )
 
 
-def _steps_that_fit(time: float, step: float, validation: float, eval_every: int | None) -> tuple[int, int]:
+def _steps_that_fit(
+    time: float, step: float, validation: float, share: float, eval_every: int | None
+) -> tuple[int, int]:
     """(steps, eval_every) for `time`, all in seconds, validations at the start, at the end and in between included."""
     if eval_every is not None:
         return max(1, int((time - 2 * validation) / (step + validation / eval_every))), eval_every
-    parts = min(5, max(1, int(VALIDATING * time / validation) - 1))  # one validation at the start, one after each part
+    parts = min(5, max(1, int(share * time / validation) - 1))  # one validation at the start, one after each part
     steps = max(1, int((time - (1 + parts) * validation) / step))
     return steps, math.ceil(steps / parts)
 
