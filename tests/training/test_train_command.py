@@ -317,7 +317,7 @@ def test_a_full_disk_keeps_the_former_checkpoints(capsys, text: Path, tmp_path: 
 
 
 def test_compile_falls_back_with_one_warning(capsys, text: Path, tmp_path: Path, monkeypatch) -> None:
-    def none(function):
+    def none(function, **options):
         def broken(*_):
             raise RuntimeError("Failed to find C compiler.\nmore lines")
 
