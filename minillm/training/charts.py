@@ -23,7 +23,7 @@ class Line:
     style: str = "first"
     """Class of the stroke: first or second."""
     dots: bool = False
-    """Marks each point: for lines of few."""
+    """Marks each point, and does not join two that stand alone: for lines of few."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def _rule(share: float, style: str) -> str:
 def _path(line: Line, place: Callable[[float], float], scale: Scale) -> str:
     runs = [list(run) for known, run in groupby(line.points, key=lambda point: finite(point[1])) if known]
     at = [[f"{_units(place(x))} {_units(1 - scale(y))}" for x, y in run if finite(y)] for run in runs]
-    strokes = "".join("M" + "L".join(run) for run in at)
+    # Between two lone values, a line would draw a way down that nobody has measured.
+    strokes = "".join("M" + "L".join(run) for run in at if not line.dots or len(run) > 2)
     # A point between two gaps has no stroke to be seen by.
     dots = "".join(f"M{point}h0" for run in at for point in run if line.dots or len(run) == 1)
     return f'<path class="line {line.style}" d="{strokes}"/>' + (

@@ -56,6 +56,14 @@ def test_a_chart_places_its_points_and_breaks_at_gaps() -> None:
     assert chart("empty", [Line("", [(0, None)])], x_ticks=[(0, []), (1, [])]) == ""
 
 
+@pytest.mark.parametrize(("values", "strokes"), [([3.0, 1.0], 0), ([3.0, 2.0, 1.0], 2)])
+def test_two_values_alone_are_not_joined(values: list[float], strokes: int) -> None:
+    drawn = chart("validation", [Line("", list(enumerate(values)), dots=True)], x_ticks=[(0, ["0"]), (2, ["2"])])
+    (path,) = re.findall(r'class="line first" d="([^"]*)"', drawn)
+    (dots,) = re.findall(r'class="dots first" d="([^"]*)"', drawn)
+    assert path.count("L") == strokes and dots.count("h0") == len(values)
+
+
 def test_labels_of_close_levels_do_not_lie_on_each_other() -> None:
     levels = [Level(name, value) for name, value in (("a", 1.0), ("b", 1.01), ("c", 1.02), ("d", 3.0))]
     drawn = chart("x", [Line("", [(0, 1.0), (1, 3.0)])], x_ticks=[(0, []), (1, [])], levels=levels, tall=True)
