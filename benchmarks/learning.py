@@ -178,7 +178,7 @@ def result(run: Path, wall: float) -> Row:
     baselines = next(line for line in lines if line.get("event") == "baselines")
     curve = [{name: line[name] for name in ("step", "tokens", "seconds", "loss", "bits_per_byte")} for line in val]
     plan = config["plan"]
-    share = plan["seconds_per_validation"] * len(val) / max(1e-9, plan["seconds"])
+    share = plan["seconds_per_validation"] * len(val) / max(1e-9, val[-1]["seconds"])
     return {
         "wall": wall, "loss": val[-1]["loss"], "bits_per_byte": val[-1]["bits_per_byte"], "curve": curve,
         "tokens": val[-1]["tokens"], "flops_per_token": preflight.flops_per_token(model), "xz": baselines.get("xz"),
