@@ -91,6 +91,38 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert [(row["options"], row["quick"]) for row in records.load(path)] == [(["a"], False), (["c"], True)]
 
 
+def test_a_run_is_read_as_the_loop_wrote_it(tmp_path):
+    """A few real steps: names in config.json and metrics.jsonl that change are noticed here."""
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 40)
+    tiny = [
+        "--model.layers",
+        "1",
+        "--model.heads",
+        "1",
+        "--model.dim",
+        "16",
+        "--model.context",
+        "8",
+        "--train.batch",
+        "2",
+    ]
+    argv = [
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--tokenizer.type",
+        "char",
+        "--train.sample-tokens",
+        "1",
+        "--steps",
+        "2",
+    ]
+    wall = learning.train([*argv, *tiny], tmp_path / "run")
+    row = learning.result(tmp_path / "run", wall)
+    assert [point["step"] for point in row["curve"]] == [0, 1, 2] and row["tokens"] == 2 * 16
+    assert row["wall"] == wall > row["curve"][-1]["seconds"] and 0 < row["validation_share"] < 1
+    assert row["loss"] == row["curve"][-1]["loss"] and row["compile"] is False
+
+
 def test_tables_and_figure_come_from_the_rows(tmp_path):
     rows = [PEER, goal("long", 1.46, 290, 300), *(rung(n, 3 - n / 8, seed) for n in (0, 1) for seed in (1, 2))]
     (tmp_path / "learning.json").write_text(json.dumps(rows))
