@@ -155,7 +155,9 @@ def measure(path: Path, case: Row, argv: list[str], run: Path, *, quick: bool) -
         return
     print(f"--- {case['kernel']} {json.dumps(case['shape'])}", file=sys.stderr, flush=True)
     wall = train(argv, run)
-    keep(path, case | {"options": argv} | result(run, wall), quick)
+    # Files by their names alone: where they lie on this machine is nobody's business.
+    options = [Path(word).name if Path(word).is_absolute() else word for word in argv]
+    keep(path, case | {"options": options} | result(run, wall), quick)
 
 
 def train(argv: list[str], run: Path) -> float:

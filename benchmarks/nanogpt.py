@@ -38,7 +38,11 @@ for at in range(0, len(ids) - 1, T):
         total += model(x, y)[1].item() * y.numel()
 print(total / (len(ids) - 1), len(ids) - 1)
 """
-"""Consecutive windows that do not overlap; every target counts once, the short last window's too."""
+"""Consecutive windows that do not overlap; every target counts once, the short last window's too.
+
+nanoGPT knows no other format than torch.save's: the file is the one that its own run has just written, and with
+`weights_only` it is read without running what a pickle may hold.
+"""
 
 
 def train_nanogpt(checkout: Path, text: Path, work: Path, *, steps: int) -> Row:

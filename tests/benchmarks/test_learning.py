@@ -85,11 +85,12 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "train", lambda argv, run: runs.append(argv) or 1.0)
     monkeypatch.setattr(learning, "result", lambda run, wall: {"wall": wall, "dtype": "bf16"})
     path, case = tmp_path / "learning.json", {"kernel": "goal", "shape": {"goal": "long"}}
-    learning.measure(path, case, ["a"], tmp_path, quick=False)
+    learning.measure(path, case, ["a", str(tmp_path / "text.txt")], tmp_path, quick=False)
     learning.measure(path, case, ["b"], tmp_path, quick=False)
     learning.measure(path, case, ["c"], tmp_path, quick=True)
-    assert runs == [["a"], ["c"]]
-    assert [(row["options"], row["quick"]) for row in records.load(path)] == [(["a"], False), (["c"], True)]
+    assert runs == [["a", str(tmp_path / "text.txt")], ["c"]]
+    kept = [(row["options"], row["quick"]) for row in records.load(path)]
+    assert kept == [(["a", "text.txt"], False), (["c"], True)], "a file stands there by its name"
 
 
 def test_a_run_is_read_as_the_loop_wrote_it(tmp_path):
