@@ -8,6 +8,7 @@ A task that is `fit` knows all that its answers need; `info` and `from_info` car
 B rows, T tokens, L outputs of a head.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ class Means:
         return self.context or self.config.context
 
 
-class Task:
-    """A task as it is before it has seen data; each one overrides what differs."""
+class Task(ABC):
+    """A task as it is before it has seen data; each one says the four abstract things, and overrides what differs."""
 
     name: ClassVar[str]
     watch: ClassVar[str | None] = None
@@ -72,8 +73,9 @@ class Task:
         """The examples of a file; errors name the file and the line."""
         return self.examples(read_records(path), labelled=labelled)
 
+    @abstractmethod
     def examples(self, records: Sequence[Record], *, labelled: bool = True) -> list[Any]:
-        raise NotImplementedError
+        """What the records of a file say; without `labelled` the truth may be missing. Errors name file and line."""
 
     def fit(self, examples: Sequence[Any]) -> None:
         """Learns from the training examples what outputs mean: labels, a scale."""
@@ -86,9 +88,9 @@ class Task:
         """What of an example's truth the model can only know from training examples that have it too: its labels."""
         return ()
 
+    @abstractmethod
     def given(self, example: Any) -> Hashable:
         """What the model sees of an example: where two have the same, having learnt one is knowing the other."""
-        raise NotImplementedError
 
     def folds(self, examples: Sequence[Any], count: int, seed: int) -> list[tuple[list[Any], list[Any]]]:
         """`count` times (examples to train on, examples held out), with every class in proportion.
@@ -129,8 +131,9 @@ class Task:
         """The head to put on a model. None: its own output matrix is what the task uses."""
         return None
 
+    @abstractmethod
     def data(self, examples: Sequence[Any], means: Means, *, labelled: bool = True) -> TaskData:
-        raise NotImplementedError
+        """The examples as rows of token ids that fit the context."""
 
     def objective(self, start: nn.Module | None) -> Objective:
         """What training minimises; `start` is the model as it was, for a task that compares itself with it."""
@@ -166,9 +169,9 @@ class Task:
         """(what it does, its metrics): the trivial answer that a model has to beat; ("", {}) where the start is it."""
         return "", {}
 
+    @abstractmethod
     def answers(self, model: nn.Module, examples: Sequence[Any], means: Means, **options: Any) -> Iterator[dict]:
         """One JSON object for each example."""
-        raise NotImplementedError
 
 
 @contextmanager
