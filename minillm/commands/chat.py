@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import tyro
 
-from minillm.commands.tasks import opened_means, say
+from minillm.commands.running import say
+from minillm.commands.tasks import opened_means
 from minillm.config import UserError
 from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from minillm.commands.running import say
 from minillm.commands.start import known_start
-from minillm.commands.tasks import TaskName, examples_of, json_ready, opened_means, say, shown_metrics, task_of
+from minillm.commands.tasks import TaskName, examples_of, json_ready, opened_means, shown_metrics, task_of
 from minillm.config import UserError
 from minillm.loading import Opened, open_model
 from minillm.tasks.task import Task, batches, evaluating

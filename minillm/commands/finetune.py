@@ -3,7 +3,6 @@
 Without --data it learns from examples that are cut from the Python standard library's source.
 """
 
-import contextlib
 import dataclasses
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +11,21 @@ from typing import Any, Literal
 import tyro
 
 from minillm.commands.comparing import METHODS
-from minillm.commands.finetuning import begin_with, prepare, run_prepared, trackers_of
+from minillm.commands.finetuning import begin_with, prepare, run_prepared
 from minillm.commands.folding import FOLDS, parse_fold
+from minillm.commands.running import (
+    Resume,
+    is_resume,
+    nothing_left_of,
+    resumed,
+    said_finished,
+    say,
+    say_where_from,
+    trackers_of,
+)
 from minillm.commands.series import Series, begin, go_on
 from minillm.commands.start import known_start, weights_hash
-from minillm.commands.tasks import TaskName, data_name, say
+from minillm.commands.tasks import TaskName, data_name
 from minillm.config import Kernels, OptimConfig, Settings, TrainConfig, UserError, from_dict
 from minillm.peft.config import Method, MethodConfig
 from minillm.training.signals import Signals, Stopped
@@ -99,21 +108,10 @@ class Args:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=16, patience=3))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resume:
-    """Options with which a run can go on; everything else stands in its config.json."""
-
-    resume: str
-    """Folder of the run; of --method all or --folds that of all its runs."""
-    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
-    log: str | None = None
-    steps: int | None = None
-
-
 def main(argv: list[str]) -> int:
     with Signals() as signals:
         try:
-            if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
+            if is_resume(argv):
                 args = tyro.cli(Resume, prog="minillm finetune", description=__doc__, args=argv)
                 return _resume(args, signals)
             args = _parse(argv)
@@ -181,7 +179,7 @@ def _start(args: Args, signals: Signals) -> int:
     from minillm import ops
     from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
-    from minillm.training.run import clear_run, new_run, write_json
+    from minillm.training.run import new_run, write_json
 
     _check(args)
     method, trackers = _method(args), trackers_of(args.log)
@@ -201,14 +199,8 @@ def _start(args: Args, signals: Signals) -> int:
     run = new_run(args.out, f"{args.task}-{args.method}-{data_name(args.data)}", overwrite=args.overwrite)
     opened.tokenizer.save(run / "tokenizer")
     write_json(run / "config.json", config)
-    try:
+    with nothing_left_of(run):
         return run_prepared(prepared, settings, run, config, trackers, signals, resume_from=None)
-    except UserError:
-        if not (run / "metrics.jsonl").exists():
-            clear_run(run)
-            with contextlib.suppress(OSError):  # it may hold other things, or be where we stand
-                run.rmdir()
-        raise
 
 
 def _resume(args: Resume, signals: Signals) -> int:
@@ -217,35 +209,27 @@ def _resume(args: Resume, signals: Signals) -> int:
             if args.device or args.log or args.steps:
                 raise UserError(f"{args.resume} is {series.what}; it goes on with the options that it began with")
             return go_on(series, Path(args.resume), signals)
-    return resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
+    return resume(args, signals)
 
 
-def resume(
-    folder: str, signals: Signals, *, device: str | None = None, log: str | None = None, steps: int | None = None
-) -> int:
+def resume(args: Resume, signals: Signals) -> int:
     """Goes on with a finetuning from its newest valid checkpoint, or from the start where there is none yet."""
     from minillm.training import checkpoint
-    from minillm.training.run import read_config, read_metrics
+    from minillm.training.run import read_config
 
-    run = Path(folder)
+    run = Path(args.resume)
     config = read_config(run)
     if "imported" in config:
         raise UserError(f"{run} was imported and holds no training to go on with; minillm finetune {run} begins one")
     if "task" not in config:
         raise UserError(f"{run} is no finetuning; go on with it: python train.py --resume {run}")
-    settings = from_dict(Settings, config["settings"])
-    ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
-    concluded = bool(ends) and (run / "result.json").exists()
-    if concluded and (steps is None or steps <= ends[-1]["step"]):
-        say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
+    if (run / "result.json").exists() and said_finished(run, args.steps):
         return 0
-    settings = dataclasses.replace(settings, device=device or settings.device)
-    if steps is not None:
-        settings = dataclasses.replace(settings, steps=steps, minutes=None)
+    settings = resumed(from_dict(Settings, config["settings"]), args)
     start = known_start(config["base"], run)
     newest = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}"))
-    say(f"{run} goes on from {newest.name if newest is not None else 'the start: it has no checkpoint yet'}")
+    say_where_from(run, newest)
     scratch = config["task"]["options"].get("from_scratch", False)
     opened = begin_with(start, settings.seed if scratch else None)
     prepared = prepare(config, settings, opened)
-    return run_prepared(prepared, settings, run, config, trackers_of(log), signals, resume_from=newest)
+    return run_prepared(prepared, settings, run, config, trackers_of(args.log), signals, resume_from=newest)

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from minillm.commands.running import say
 from minillm.commands.tasks import (
     data_hash,
     examples_of,
@@ -15,7 +16,6 @@ from minillm.commands.tasks import (
     json_ready,
     means_of,
     old_text,
-    say,
     shown_metrics,
 )
 from minillm.config import Settings, UserError, from_dict
@@ -164,16 +164,6 @@ def _peak_bytes() -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def trackers_of(log: str | None) -> tuple[str, ...]:
-    from minillm.training.monitor import TRACKERS
-
-    names = tuple(name.strip() for name in log.split(",")) if log else ()
-    for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"--log {name}: there are {', '.join(TRACKERS)}")
-    return names
 
 
 def last_result(run: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import tyro
 
-from minillm.commands.tasks import TaskName, opened_means, say, task_of
+from minillm.commands.running import say
+from minillm.commands.tasks import TaskName, opened_means, task_of
 from minillm.config import UserError
 from minillm.data.records import read_records
 from minillm.inference.sampling import Sampling

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.commands.finetuning import last_result
-from minillm.commands.tasks import say
+from minillm.commands.running import say
 from minillm.config import DamagedFile, UserError
 from minillm.tasks.catalogue import TASKS
 from minillm.training.run import clear_run, new_run, write_json

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +107,3 @@ def json_ready(value: Any) -> Any:
 
 def data_name(data: str) -> str:
     return Path(data).name.split(".")[0] or "data"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

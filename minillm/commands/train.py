@@ -11,12 +11,22 @@ import tomllib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from minillm import presets
 from minillm.commands.launching import earlier_run, launch, refuse_group
+from minillm.commands.running import (
+    Resume,
+    is_resume,
+    nothing_left_of,
+    resumed,
+    said_finished,
+    say,
+    say_where_from,
+    trackers_of,
+)
 from minillm.config import Settings, UserError, from_dict
 from minillm.training.distributed import Alone, join
 from minillm.training.signals import Signals, Stopped
@@ -41,23 +51,11 @@ class Args(Settings):
     """Record three early steps: where their time goes, on stderr and in the report, and a trace in the run folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resume:
-    """Options with which a run can go on; everything else stands in its config.json."""
-
-    resume: str
-    """Folder of the run."""
-    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
-    log: str | None = None
-    steps: int | None = None
-    """Another end for the run; its schedule is stretched or shortened."""
-
-
 def main(argv: list[str]) -> int:
     with Signals() as signals:
         try:
             with join() as team:
-                if any(arg == "--resume" or arg.startswith("--resume=") for arg in argv):
+                if is_resume(argv):
                     resume = tyro.cli(Resume, prog="train.py", description=__doc__, args=argv)
                     return _resume(resume, signals, team)
                 args = _parse(argv)
@@ -65,7 +63,7 @@ def main(argv: list[str]) -> int:
                     return _resume(Resume(resume=str(run), log=args.log), signals, team)
                 return _start(args, signals, team)
         except Stopped as stopped:
-            _say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
+            say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
             return stopped.code
 
 
@@ -123,10 +121,10 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
     from minillm.data.sources import open_source
     from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
-    from minillm.training.run import clear_run, new_run, write_json
+    from minillm.training.run import new_run, write_json
 
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
-    trackers = _trackers(args.log)
+    trackers = trackers_of(args.log)
     choose_device(settings.device)
     ops.select(settings.kernels)
     source = open_source(settings.source)
@@ -142,14 +140,8 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
         write_json(run / "config.json", config)
     run = team.share(run)
     team.log_to(run)
-    try:
+    with nothing_left_of(run) if team.lead else contextlib.nullcontext():
         return _run(settings, source, run, config, trackers, signals, team, resume_from=None, profile=args.profile)
-    except UserError:
-        if team.lead and not (run / "metrics.jsonl").exists():
-            clear_run(run)
-            with contextlib.suppress(OSError):  # it may hold other things, or be where we stand
-                run.rmdir()
-        raise
 
 
 def _resume(args: Resume, signals: Signals, team: Alone) -> int:
@@ -157,7 +149,7 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     from minillm.commands import finetune
     from minillm.data.sources import open_source
     from minillm.training import checkpoint
-    from minillm.training.run import read_config, read_metrics
+    from minillm.training.run import read_config
 
     run = Path(args.resume)
     if (run / "MANIFEST.json").exists():
@@ -165,24 +157,19 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     config = read_config(run)
     if "task" in config or "imported" in config:
         refuse_group("finetune")
-        return finetune.resume(args.resume, signals, device=args.device, log=args.log, steps=args.steps)
+        return finetune.resume(args, signals)
     settings = from_dict(Settings, config["settings"])
-    ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
-    if ends and (args.steps is None or args.steps <= ends[-1]["step"]):
-        _say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
+    if said_finished(run, args.steps):
         return 0
-    settings = replace(settings, device=args.device or settings.device)
-    if args.steps is not None:
-        settings = replace(settings, steps=args.steps, minutes=None)
+    settings = resumed(settings, args)
     team.check(settings)
     team.log_to(run)
     with team.lead_first():  # one looks through the checkpoints, and all go on from the one it finds
-        folder = checkpoint.newest_valid(run, lambda line: _say(f"warning: {line}")) if team.lead else None
+        folder = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}")) if team.lead else None
     folder = team.share(folder)
-    where = folder.name if folder is not None else "the start: it has no checkpoint yet"
-    _say(f"{run} goes on from {where}")
+    say_where_from(run, folder)
     source = open_source(settings.source)
-    return _run(settings, source, run, config, _trackers(args.log), signals, team, resume_from=folder)
+    return _run(settings, source, run, config, trackers_of(args.log), signals, team, resume_from=folder)
 
 
 def _run(
@@ -230,7 +217,7 @@ def _run(
 
     def show_plan(plan: Plan) -> dict[str, Any]:
         predicted = predictions(settings, plan)
-        _say(plan_text(settings, plan, predicted, shards.info, team.size))
+        say(plan_text(settings, plan, predicted, shards.info, team.size))
         return predicted
 
     work = Pretraining(
@@ -241,9 +228,9 @@ def _run(
         config=config,
         micro_batch=micro_batch,
         sample=run_sampler(settings, tokenizer, shards, source) if settings.train.sample_tokens else None,
-        say=_say,
+        say=say,
         show_plan=show_plan,
-        show_baselines=lambda values: _say(baselines_text(values)),
+        show_baselines=lambda values: say(baselines_text(values)),
         log=trackers,
         team=team,
         profile=partial(_profile, settings, run, team.size) if profile and team.lead else None,
@@ -282,7 +269,7 @@ def _profile(settings: Settings, run: Path, processes: int, plan: Any) -> Any:
         whole_flops=preflight.flops_per_token(settings.model),
         tokens=settings.train.batch * settings.model.context // processes,
         compiled=plan.compile,
-        say=_say,
+        say=say,
     )
 
 
@@ -296,17 +283,3 @@ def _conclude(run: Path, config: dict[str, Any], report: Path) -> None:
     print(f"\nreport: {report}\n\nnext:")
     for command, reason in next_commands(run, config, metrics):
         print(f"  {command:<60} {reason}")
-
-
-def _trackers(log: str | None) -> tuple[str, ...]:
-    from minillm.training.monitor import TRACKERS
-
-    names = tuple(name.strip() for name in log.split(",")) if log else ()
-    for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"--log {name}: there are {', '.join(TRACKERS)}")
-    return names
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

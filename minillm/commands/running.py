@@ -1,0 +1,81 @@
+"""What the two commands that train have in common: how a run is begun, gone on with, watched and talked about."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from minillm.config import Settings, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Options with which a run can go on; everything else stands in its config.json."""
+
+    resume: str
+    """Folder of the run; of --method all or --folds that of all its runs."""
+    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
+    log: str | None = None
+    """Trackers besides metrics.jsonl, separated by commas: tb, wandb."""
+    steps: int | None = None
+    """Another end for the run; its schedule is stretched or shortened."""
+
+
+def is_resume(argv: list[str]) -> bool:
+    """Whether a command line goes on with a run, before it is parsed."""
+    return any(arg == "--resume" or arg.startswith("--resume=") for arg in argv)
+
+
+def said_finished(run: Path, steps: int | None) -> bool:
+    """Whether a run has come to its end and `steps` asks for no other; then it is said."""
+    from minillm.training.run import read_metrics
+
+    ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
+    if not ends or (steps is not None and steps > ends[-1]["step"]):
+        return False
+    say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
+    return True
+
+
+def resumed(settings: Settings, args: Resume) -> Settings:
+    """The run's own settings with what --resume may change."""
+    settings = replace(settings, device=args.device or settings.device)
+    return settings if args.steps is None else replace(settings, steps=args.steps, minutes=None)
+
+
+def say_where_from(run: Path, checkpoint: Path | None) -> None:
+    where = checkpoint.name if checkpoint is not None else "the start: it has no checkpoint yet"
+    say(f"{run} goes on from {where}")
+
+
+@contextlib.contextmanager
+def nothing_left_of(run: Path) -> Iterator[None]:
+    """What turns out to be wrong before training begins leaves no folder behind."""
+    try:
+        yield
+    except UserError:
+        from minillm.training.run import clear_run
+
+        if not (run / "metrics.jsonl").exists():
+            clear_run(run)
+            with contextlib.suppress(OSError):  # it may hold other things, or be where we stand
+                run.rmdir()
+        raise
+
+
+def trackers_of(log: str | None) -> tuple[str, ...]:
+    """The trackers that --log names. Raises `UserError` for one that does not exist."""
+    from minillm.training.monitor import TRACKERS
+
+    names = tuple(name.strip() for name in log.split(",")) if log else ()
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--log {name}: there are {', '.join(TRACKERS)}")
+    return names
+
+
+def say(text: str) -> None:
+    """Progress, which goes to stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
