@@ -1,6 +1,6 @@
 """`python -m benchmarks unbalanced`: what helps a rare class.
 
-One function in twenty is of the family `numbers` (minillm/data/stdlib_tasks.py), the others are not. A small encoder,
+One function in twenty is of the family `imports` (minillm/data/stdlib_tasks.py), the others are not. A small encoder,
 pretrained on the same library, learns to tell them apart in three ways: every example alike, rare ones with more
 weight, batches with both classes equally often. Each model decides in two ways: for the likelier class, and from the
 threshold that was tuned on its validation data. Each fold is scored on examples that neither weights nor thresholds
@@ -29,7 +29,7 @@ from minillm.tasks.division import divide
 from minillm.training.signals import Signals, Stopped
 
 FILE, DATA, FOLDS = "unbalanced.json", "stdlib-unbalanced", 3
-PRETRAIN = ["--preset", "mlm-tiny", "--steps", "200", "--train.sample-tokens", "2"]
+PRETRAIN = ["--preset", "mlm-tiny"]
 TUNE = ["--task", "classify", "--data", DATA, "--epochs", "3", "--train.eval-every", "40"]
 WAYS = {"alike": ["--class-weights", "off"], "weighted": ["--class-weights", "on"], "balanced": ["--balance"]}
 QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}

@@ -71,7 +71,7 @@ def test_families_are_balanced_and_the_rare_one_is_rare() -> None:
     assert len(counts) == len(FAMILIES) and counts.min() > 0.8 * counts.max()
     examples = read_classify(stdlib_records("classify", unbalanced=True))
     labels = label_set(examples)
-    assert labels.names == ("numbers", "other")
+    assert labels.names == ("imports", "other")
     share = (classify_targets(examples, labels) == 0).mean()
     assert 0.04 < share < 0.06
 
