@@ -138,7 +138,8 @@ def parser() -> argparse.ArgumentParser:
     added = command(learning, "loss against tokens, seconds and FLOPs", quick="a few steps of each")
     added.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare (default: nanoGPT's input.txt)")
     added.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT to train beside ours")
-    added.add_argument("--part", action="append", metavar="P", help="peer, short, equal, long, default or ladder (all)")
+    parts = "peer, short, equal, long, default, plain, ladder, width"
+    added.add_argument("--part", action="append", metavar="P", help=f"may be repeated (default: {parts})")
     added.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each rung of the ladder (2)")
     work = ROOT / "runs/learning"
     added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")

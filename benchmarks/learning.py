@@ -2,6 +2,8 @@
 
 ladder   one small model on tiny Shakespeare by characters and on the standard library's source, each lever added in
          turn, equal steps and tokens, several seeds: validation bits per byte against tokens, seconds and FLOPs
+width    the same model narrow and wide, at several learning rates, with and without `optim.transfer`: where the best is
+plain    the five-minute run without its dropout of n-grams, which nothing shorter has a use for
 goals    an unmodified nanoGPT (`--nanogpt`) with its README's settings for a CPU, and the recipe in a sixth of its wall
          time, in all of it, and in five minutes; and the default run in five minutes
 
@@ -15,6 +17,7 @@ What is measured already is not measured again: a run that was stopped goes on w
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -27,32 +30,41 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.nanogpt import PEER, train_nanogpt
+from benchmarks.plots import draw_ladder, draw_widths
 from benchmarks.records import ROOT, Row
 
-PARTS = ("peer", "short", "equal", "long", "default", "ladder")
+PARTS = ("peer", "short", "equal", "long", "default", "plain", "ladder", "width")
 SIZE = [
     "--model.layers", "3", "--model.heads", "2", "--model.dim", "128", "--model.context", "128", "--train.batch", "16",
     "--train.micro-batch", "16", "--train.sample-tokens", "1", "--data.no-separate",
 ]  # fmt: skip
 STEPS = 120
 RUNGS: list[tuple[str, list[str]]] = [
-    ("AdamW, cosine, GELU, tied", ["--model.mlp.kind", "gelu", "--optim.lr", "3e-3"]),
+    (
+        "AdamW, cosine, GELU, tied",
+        [
+            "--optim.name", "adamw", "--optim.schedule", "cosine", "--optim.lr", "3e-3", "--model.mlp.kind", "gelu",
+            "--model.attention.no-qk-norm",
+        ],
+    ),
     ("Muon", ["--optim.name", "muon"]),
     ("QK-norm", ["--model.attention.qk-norm"]),
     ("ReLU²", ["--model.mlp.kind", "relu2"]),
-    (
-        "untied, scaled start, normed embeddings with a rate of their own",
-        [
-            "--model.no-tied", "--model.init", "scaled", "--model.norm.embedding",
-            "--optim.lr", "6e-3", "--optim.embedding-lr", "0.05", "--optim.transfer",
-        ],
-    ),
+    ("untied head", ["--model.no-tied"]),
+    ("scaled start", ["--model.init", "scaled"]),
+    ("normed embeddings with a rate of their own", ["--model.norm.embedding", "--optim.embedding-lr", "0.05"]),
+    ("rates by width", ["--optim.lr", "6e-3", "--optim.transfer"]),
     ("falling to zero over 70 %", ["--optim.schedule", "wsd", "--optim.decay", "0.7", "--optim.final-lr", "0.0"]),
     ("logit softcap 15", ["--model.softcap", "15.0"]),
     ("embeddings mixed into each block", ["--model.speedrun.mix"]),
     ("n-gram embeddings, 2 to 4", ["--model.speedrun.ngrams", "4"]),
 ]  # fmt: skip
 CORPORA = ("tiny Shakespeare", "standard library")
+
+WIDTHS, WIDTH_STEPS = (64, 128, 256, 512), 60
+RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
+ADAMW = [word for _, added in (RUNGS[0], *RUNGS[2:7]) for word in added]
+"""What the recipe is made of up to the rates by width, but with AdamW for all: Muon's step knows its matrix's shape."""
 
 XZ, A100, CPU = "xz -9", 1.4697, 1.58
 SPEEDRUN = ["--preset", "speedrun-char"]
@@ -75,6 +87,8 @@ def run(
     Raises ValueError where a part lacks its text or its peer, or a run fails.
     """
     path = out / "learning.json"
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"--part {unknown[0]}: there are {', '.join(PARTS)}")
     text = text or (nanogpt / "data/shakespeare_char/input.txt" if nanogpt else None)
     if text is None or not text.is_file():
         raise ValueError(f"{text or 'no text'}: give tiny Shakespeare (input.txt of char-rnn) with --text FILE")
@@ -86,6 +100,9 @@ def run(
         if part == "ladder":
             for case, argv in ladder(text, work, seeds, quick=quick):
                 measure(path, case, argv, work / "run", quick=quick)
+        elif part == "width":
+            for case, argv in widths(text, work, quick=quick):
+                measure(path, case, argv, work / "run", quick=quick)
         elif part == "peer":
             if not done(path, {"kernel": PEER}, quick):
                 assert nanogpt is not None
@@ -94,10 +111,10 @@ def run(
             case, argv = goal(part, text, peer_of(path, quick), quick=quick)
             measure(path, case, argv, work / "run", quick=quick)
     rows = [row for row in records.load(path) if row["quick"] == quick]
-    if any(row["kernel"] == "ladder" for row in rows):
-        from benchmarks.plots import draw_ladder
-
-        print(draw_ladder(rows, ROOT / "docs/learning.png" if not quick else out / "learning.png"))
+    docs = out if quick else ROOT / "docs"
+    for kernel, draw, name in (("ladder", draw_ladder, "learning.png"), ("width", draw_widths, "width.png")):
+        if any(row["kernel"] == kernel for row in rows):
+            print(draw(rows, docs / name))
     print("\n".join(f"{line['goal']}: {line['ours']}; {'met' if line['met'] else 'not met'}" for line in goals(rows)))
     return 0
 
@@ -106,9 +123,7 @@ def ladder(text: Path, work: Path, seeds: int, *, quick: bool) -> Iterator[tuple
     """(case, options) of every rung, corpus by corpus; the corpora are tokenized once."""
     steps = 4 if quick else STEPS
     for corpus in CORPORA:
-        data = work / corpus.replace(" ", "-")
-        if not (data / "tokenizer").is_dir():
-            prepare(corpus, text, data)
+        data = prepared(corpus, text, work)
         for seed in range(1, seeds + 1):
             options = [*SIZE, "--data", str(data), "--steps", str(steps), "--seed", str(seed)]
             options += ["--train.eval-every", str(max(1, steps // 5))]
@@ -118,8 +133,21 @@ def ladder(text: Path, work: Path, seeds: int, *, quick: bool) -> Iterator[tuple
                 yield {"kernel": "ladder", "shape": shape, "name": name}, list(options)
 
 
-def prepare(corpus: str, text: Path, data: Path) -> None:
-    """Tokenizer and shards of a corpus, in `data`."""
+def widths(text: Path, work: Path, *, quick: bool) -> Iterator[tuple[Row, list[str]]]:
+    """(case, options) of each width and learning rate, with rates by width and without."""
+    data, steps = prepared(CORPORA[0], text, work), 4 if quick else WIDTH_STEPS
+    for dim, lr, transfer in itertools.product(WIDTHS, RATES, (False, True)):
+        options = [*SIZE, *ADAMW, "--data", str(data), "--steps", str(steps), "--train.eval-every", str(steps)]
+        options += ["--model.dim", str(dim), "--model.heads", str(dim // 32), "--optim.lr", lr]
+        shape = {"dim": dim, "lr": float(lr), "transfer": transfer}
+        yield {"kernel": "width", "shape": shape}, [*options, *(["--optim.transfer"] if transfer else [])]
+
+
+def prepared(corpus: str, text: Path, work: Path) -> Path:
+    """The folder of a corpus's tokenizer and shards, made where it is not there yet."""
+    data = work / corpus.replace(" ", "-")
+    if (data / "tokenizer").is_dir():
+        return data
     shutil.rmtree(data, ignore_errors=True)
     character = corpus == CORPORA[0]
     source, share = (str(text), "0.1") if character else ("stdlib", "0.05")
@@ -129,18 +157,20 @@ def prepare(corpus: str, text: Path, data: Path) -> None:
     train([*config, *kind, "--data", source, "--data.validation", share, "--train.sample-tokens", "1"], run)
     shutil.copytree(run / "data", data)
     shutil.copytree(run / "tokenizer", data / "tokenizer", dirs_exist_ok=True)
+    return data
 
 
 def goal(part: str, text: Path, peer: Row | None, *, quick: bool) -> tuple[Row, list[str]]:
-    """(case, options) of one goal: its time is the peer's share that it has, or five minutes."""
+    """(case, options) of a run against the clock: its time is the peer's share that it has, or five minutes."""
     if part in ("short", "equal") and peer is None:
         raise ValueError(f"{part} is a share of nanoGPT's time: measure that first with --part peer --nanogpt PATH")
     wall = {"short": peer["wall"] / 6, "equal": peer["wall"]}[part] if part in ("short", "equal") else 300.0
     options = {
         "short": [*SPEEDRUN, *SHORT], "equal": [*SPEEDRUN, "--compile", "off"], "long": [*SPEEDRUN, *LONG],
+        "plain": SPEEDRUN,
         "default": ["--preset", "default"],
     }[part]  # fmt: skip
-    start = START["on" if part == "long" else "off"]
+    start = START["on" if part in ("long", "plain") else "off"]
     minutes = max(0.02, RESERVE * (wall - start)) / 60
     data = [] if part == "default" else ["--data", str(text)]
     case = {"kernel": "goal", "shape": {"goal": part}, "allowed": wall}

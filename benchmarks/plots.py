@@ -87,13 +87,9 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> Path:
 
     The mean over the seeds. Raises ValueError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the figures need matplotlib: pip install -e '.[plots]'") from error
     ladder = [row for row in rows if row["kernel"] == "ladder"]
     corpora = list(dict.fromkeys(row["shape"]["corpus"] for row in ladder))
-    figure = Figure(figsize=(13, 4 * len(corpora)), layout="constrained")
+    figure = _figure(13, 4 * len(corpora))
     axes = figure.subplots(len(corpora), 3, squeeze=False, sharey="row")
     for line, corpus in zip(axes, corpora, strict=True):
         found = [row for row in ladder if row["shape"]["corpus"] == corpus]
@@ -114,6 +110,41 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     return path
+
+
+def draw_widths(rows: Sequence[Row], path: Path) -> Path:
+    """Validation bits per byte against the learning rate, a line for each width, without rates by width and with them.
+
+    Raises ValueError where matplotlib is missing.
+    """
+    found = [row for row in rows if row["kernel"] == "width"]
+    figure = _figure(9, 3.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    for place, transfer in zip(axes, (False, True), strict=True):
+        for number, dim in enumerate(sorted({row["shape"]["dim"] for row in found})):
+            line = {
+                row["shape"]["lr"]: row["bits_per_byte"]
+                for row in found
+                if (row["shape"]["dim"], row["shape"]["transfer"]) == (dim, transfer)
+            }
+            best = min(line, key=lambda lr: line[lr])
+            place.plot(sorted(line), [line[lr] for lr in sorted(line)], "-", color=COLOURS[number], label=f"{dim} wide")
+            place.plot([best], [line[best]], "o", color=COLOURS[number])
+        place.set(xscale="log", xlabel="learning rate", title="rates by width" if transfer else "one rate")
+        place.grid(alpha=0.3)
+    axes[0].set(ylabel="bits per byte")
+    axes[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    return path
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("the figures need matplotlib: pip install -e '.[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _units(row: Row) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import learning, nanogpt, records, tables
-from benchmarks.plots import draw_ladder
+from benchmarks.plots import draw_ladder, draw_widths
 from minillm import presets
 from minillm.commands.train import _parse
 
@@ -68,16 +68,53 @@ def test_each_rung_keeps_the_levers_below_it_and_its_options_are_known(tmp_path)
     assert (last.model.mlp.kind, last.model.attention) == (full.model.mlp.kind, full.model.attention)
 
 
-@pytest.mark.parametrize("part", ["short", "equal", "long", "default"])
+def test_the_first_rung_has_no_lever_and_each_other_changes_what_it_names(tmp_path):
+    """The default preset has some of the levers itself: a ladder that began with it would add them twice."""
+    (tmp_path / "tiny-Shakespeare" / "tokenizer").mkdir(parents=True)
+    cases = itertools.islice(learning.ladder(tmp_path / "text", tmp_path, 1, quick=False), len(learning.RUNGS))
+    rungs = [_parse(argv) for _, argv in cases]
+    first = rungs[0]
+    assert (first.optim.name, first.optim.schedule, first.model.mlp.kind) == ("adamw", "cosine", "gelu")
+    assert first.model.tied and not first.model.attention.qk_norm and first.model.speedrun.ngrams == 0
+    for (name, _), before, after in zip(learning.RUNGS[1:], rungs, rungs[1:], strict=False):
+        assert (before.model, before.optim) != (after.model, after.optim), name
+
+
+def test_every_width_is_tried_at_every_rate_by_both_rules(tmp_path):
+    (tmp_path / "tiny-Shakespeare" / "tokenizer").mkdir(parents=True)
+    cases = [_parse(argv) for _, argv in learning.widths(tmp_path / "text", tmp_path, quick=False)]
+    tried = {(args.model.dim, args.optim.lr, args.optim.transfer) for args in cases}
+    assert len(tried) == len(cases) == len(learning.WIDTHS) * len(learning.RATES) * 2
+    for args in cases:
+        assert args.model.dim // args.model.heads == 32 and args.optim.name == "adamw"
+        assert (args.model.tied, args.model.init, args.optim.embedding_lr) == (False, "scaled", 0.05)
+
+
+@pytest.mark.parametrize("part", ["short", "equal", "long", "default", "plain"])
 def test_the_options_of_a_goal_are_known_and_leave_time_to_start(part, tmp_path):
     case, argv = learning.goal(part, tmp_path / "text", PEER, quick=False)
     args = _parse(argv)
     assert case["allowed"] == {"short": 20.0, "equal": 120.0}.get(part, 300.0)
-    start = learning.START["on" if part == "long" else "off"]
+    start = learning.START["on" if part in ("long", "plain") else "off"]
     planned = learning.RESERVE * (case["allowed"] - start)
     assert args.minutes * 60 == pytest.approx(planned, abs=0.01) and args.steps is None
     with pytest.raises(ValueError, match="measure that first"):
         learning.goal("short", tmp_path, None, quick=False)
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    with pytest.raises(ValueError, match="--part lader: there are peer, short"):
+        learning.run(None, None, ["lader"], 1, tmp_path, tmp_path, quick=True)
+
+
+def width(dim, lr, transfer, bits):
+    shape = {"dim": dim, "lr": lr, "transfer": transfer}
+    return {"kernel": "width", "shape": shape, "bits_per_byte": bits, **ABOUT}
+
+
+def test_the_widths_are_drawn_with_a_line_each(tmp_path):
+    rows = [width(d, lr, t, 3.0 + lr * d) for d in (64, 128) for lr in (0.001, 0.002) for t in (False, True)]
+    assert draw_widths(rows, tmp_path / "width.png").stat().st_size > 5_000
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
