@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,19 @@ def load(path: Path) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is no result file (no array of objects): delete it, or give another --out")
     return rows
+
+
+def shown(path: Path) -> list[Row]:
+    """The rows of a result file that a table shows: of --quick runs only where there are no others."""
+    rows = load(path)
+    return [row for row in rows if not row.get("quick")] or rows
+
+
+def by_device(results: Path, name: str) -> Iterator[tuple[str, list[Row]]]:
+    """(device, rows to show) of each device's folder that has a file of this name, with rows in it."""
+    for path in sorted(results.glob(f"*/{name}")):
+        if rows := shown(path):
+            yield rows[0]["device"], rows
 
 
 def save(path: Path, rows: Iterable[Row]) -> None:

@@ -7,14 +7,13 @@ named they are pretrained first, in WORK. The time is that of the whole command,
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import records
-from benchmarks.finetuning import minillm, pretrained
+from benchmarks import runs
 from benchmarks.records import Row
-from minillm.training.signals import Signals, Stopped
+from minillm.commands.running import say
 
 FILE = "tasks.json"
 BASES = {
@@ -22,7 +21,6 @@ BASES = {
     "seq2seq": "default", "chat": "default", "lm": "default", "preference": "default",
 }  # fmt: skip
 """Task -> the preset of the model that learns it."""
-QUICK = {"base": ["--steps", "2"], "run": ["--steps", "2"]}
 
 
 def run(tasks: list[str], bases: dict[str, Path], work: Path, out: Path, *, quick: bool) -> int:
@@ -33,31 +31,27 @@ def run(tasks: list[str], bases: dict[str, Path], work: Path, out: Path, *, quic
 
     Raises ValueError for an unknown task, and where a command fails.
     """
-    path = out / FILE
     if unknown := [task for task in tasks if task not in BASES]:
         raise ValueError(f"--task {unknown[0]}: there are {', '.join(BASES)}")
-    try:
-        with Signals():
-            for task in tasks or BASES:
-                preset = BASES[task]
-                base = bases.get(preset) or work / preset
-                if preset not in bases:
-                    pretrained(base, ["--preset", preset, *(QUICK["base"] if quick else [])])
-                print(f"--- {task}", file=sys.stderr, flush=True)
-                options = [str(base), "--task", task, "--overwrite", *(QUICK["run"] if quick else [])]
-                row = measured(task, options, work / task)
-                about = {"task": task, "base": preset, "quick": quick, **records.provenance()}
-                others = [r for r in records.load(path) if (r["task"], r["quick"]) != (task, quick)]
-                records.save(path, [*others, about | row])
-    except Stopped as stopped:
-        return stopped.code
-    print(path.read_text(encoding="utf-8"))
-    return 0
+    return runs.keep(out / FILE, rows(tasks or list(BASES), bases, work, quick=quick), ["task"], quick=quick)
 
 
-def measured(task: str, options: list[str], folder: Path) -> Row:
+def rows(tasks: list[str], bases: dict[str, Path], work: Path, *, quick: bool) -> Iterator[Row]:
+    """Measures each task when its row is asked for."""
+    pretrain, tune = (runs.QUICK_PRETRAIN, runs.QUICK_TUNE) if quick else ([], [])
+    for task in tasks:
+        preset = BASES[task]
+        base = bases.get(preset) or runs.pretrained(
+            work / f"{preset}{'-quick' if quick else ''}", ["--preset", preset, *pretrain]
+        )
+        say(f"--- {task}")
+        options = [str(base), "--task", task, "--overwrite", *tune]
+        yield {"task": task, "base": preset} | measured(options, work / task)
+
+
+def measured(options: list[str], folder: Path) -> Row:
     start = time.perf_counter()
-    minillm("finetune", *options, "--out", str(folder))
+    runs.minillm("finetune", *options, "--out", str(folder))
     seconds = time.perf_counter() - start
     result, config = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("result.json", "config.json")

@@ -6,62 +6,54 @@ weight, batches with both classes equally often. Each model decides in two ways:
 threshold that was tuned on its validation data. Each fold is scored on examples that neither weights nor thresholds
 have seen; over the folds every example is scored once.
 
-A fold is a command of minillm in a process of its own and leaves a run in WORK; what is measured already stays.
+A fold is a command of minillm and leaves a run in WORK; what is measured already stays (benchmarks/runs.py).
 """
 
 from __future__ import annotations
 
-import sys
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import records
-from benchmarks.finetuning import _short, pretrained
+from benchmarks import runs
 from benchmarks.records import Row
-from minillm.commands.series import finish
+from minillm.commands.running import say
 from minillm.commands.tasks import examples_of, opened_means
 from minillm.evaluation.classification import class_scores, classification_scores, confusion
 from minillm.loading import open_model
 from minillm.tasks.catalogue import TASKS, known_task
 from minillm.tasks.division import divide
-from minillm.training.signals import Signals, Stopped
 
 FILE, DATA, FOLDS = "unbalanced.json", "stdlib-unbalanced", 3
 PRETRAIN = ["--preset", "mlm-tiny"]
 TUNE = ["--task", "classify", "--data", DATA, "--epochs", "3", "--train.eval-every", "40"]
 WAYS = {"alike": ["--class-weights", "off"], "weighted": ["--class-weights", "on"], "balanced": ["--balance"]}
-QUICK = {"pretrain": ["--steps", "2", "--tokenizer.vocab-size", "512"], "tune": ["--steps", "2"]}
 
 
 def run(seeds: int, work: Path, out: Path, *, quick: bool) -> int:
     """Measures what out/unbalanced.json lacks, and prints the file.
 
-    Raises ValueError where a run ends with an error that its lines above have told.
+    Raises ValueError where there is nothing to run, or a run ends with an error that its lines above have told.
     """
-    path, pretrain = out / FILE, [*PRETRAIN, *(QUICK["pretrain"] if quick else [])]
-    tune = [*TUNE, *(QUICK["tune"] if quick else [])]
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        with Signals():
-            base = work / f"pretrained-{_short(pretrain)}"
-            pretrained(base, pretrain)
-            for seed, fold, way in [(s, f, w) for s in range(1, seeds + 1) for f in range(1, FOLDS + 1) for w in WAYS]:
-                recipe = [*pretrain, *tune, *WAYS[way], "--seed", str(seed), "--fold", f"{fold}/{FOLDS}"]
-                if any(row["recipe"] == recipe for row in records.load(path)):
-                    continue
-                print(f"--- {way}, seed {seed}, fold {fold}", file=sys.stderr, flush=True)
-                folder = work / f"{way}-{seed}-{fold}-{_short(recipe)}"
-                if code := finish([str(base), *recipe[len(pretrain) :]], folder):
-                    raise ValueError(f"{folder} ended with exit code {code}")
-                row = {"way": way, "seed": seed, "fold": fold, "recipe": recipe, "quick": quick}
-                row |= scored(folder, seed, fold) | records.provenance()
-                records.save(path, [*records.load(path), row])
-    except Stopped as stopped:
-        return stopped.code
-    print(path.read_text(encoding="utf-8"))
-    return 0
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: give the number of times that all folds are run, 1 or more")
+    return runs.keep(out / FILE, rows(seeds, work, out / FILE, quick=quick), ["way", "seed", "fold"], quick=quick)
+
+
+def rows(seeds: int, work: Path, path: Path, *, quick: bool) -> Iterator[Row]:
+    """Measures each fold that `path` lacks when its row is asked for."""
+    pretrain, tune = (PRETRAIN + runs.QUICK_PRETRAIN, TUNE + runs.QUICK_TUNE) if quick else (PRETRAIN, TUNE)
+    base = runs.pretrained(work / f"pretrained-{runs.short(pretrain)}", pretrain)
+    for seed, fold, way in itertools.product(range(1, seeds + 1), range(1, FOLDS + 1), WAYS):
+        options = [*tune, *WAYS[way], "--seed", str(seed), "--fold", f"{fold}/{FOLDS}"]
+        recipe = [*pretrain, *options]
+        if runs.lacks(path, recipe):
+            say(f"--- {way}, seed {seed}, fold {fold}")
+            run = runs.finetuned(work / f"{way}-{seed}-{fold}-{runs.short(recipe)}", [str(base), *options])
+            yield {"way": way, "seed": seed, "fold": fold, "recipe": recipe} | scored(run, seed, fold)
 
 
 def scored(run: Path, seed: int, fold: int) -> Row:

@@ -1,6 +1,5 @@
 """The benchmarks of rare classes and of forgetting: which runs they make, what they keep, and the README's tables."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,45 +11,26 @@ import torch
 from benchmarks import forgetting, records, tables, unbalanced
 from benchmarks.__main__ import main
 from minillm.data.records import Record
-
-ABOUT = {"device": "EPYC, 2 cores", "versions": {"torch": "2.13.0"}, "date": "2026-01-02", "quick": False}
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Instead of minillm: what it was asked; each finetuning leaves a result."""
-    asked: list[list[str]] = []
-
-    def finish(argv: list[str], run: Path) -> int:
-        asked.append(argv)
-        run.mkdir()
-        metrics = {"loss": 1.5, "old_loss_before": 3.0, "old_loss_after": 3.25}
-        (run / "result.json").write_text(json.dumps({"metrics": metrics}))
-        lines = [{"event": "baselines"}, {"split": "val", "loss": 2.5}, {"split": "val", "loss": 1.0}]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return 0
-
-    for module in (unbalanced, forgetting):
-        monkeypatch.setattr(module, "finish", finish)
-        monkeypatch.setattr(module, "pretrained", lambda base, options: asked.append(["train", *options]))
-    return asked
+from tests.benchmarks.made import ABOUT, Commands
 
 
 def test_every_fold_in_every_way_and_none_twice(
-    commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(unbalanced, "scored", lambda run, seed, fold: {"examples": 10 * seed + fold})
     argv = ["unbalanced", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert main(argv) == 0
-    assert commands[0] == ["train", *unbalanced.PRETRAIN] and len(commands) == 10
-    ends = [command[command.index("--train.eval-every") + 2 :] for command in commands[1:]]
+    assert commands.asked[0][:-2] == ["train", *unbalanced.PRETRAIN] and len(commands.asked) == 10
+    ends = [command[command.index("--train.eval-every") + 2 : -2] for command in commands.asked[1:]]
     assert ends[0] == ["--class-weights", "off", "--seed", "1", "--fold", "1/3"]
     assert ends[5] == ["--balance", "--seed", "1", "--fold", "2/3"]
-    assert main([*argv, "--seeds", "2"]) == 0 and len(commands) == 10 + 1 + 9
+    assert main([*argv, "--seeds", "2"]) == 0 and len(commands.asked) == 10 + 1 + 9
     found = [
         (row["way"], row["seed"], row["fold"], row["examples"]) for row in records.load(tmp_path / "unbalanced.json")
     ]
     assert len(set(found)) == 18 and ("weighted", 2, 3, 23) in found
+    capsys.readouterr()
+    assert main([*argv, "--seeds", "0"]) == 2 and "--seeds 0: give the number of times" in capsys.readouterr().err
 
 
 def test_a_fold_is_scored_by_both_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,12 +64,12 @@ def test_a_fold_is_scored_by_both_decisions(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_way_against_forgetting_once(
-    commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    commands: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["forgetting", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert main(argv) == 0 and main(argv) == 0
-    asked = [command for command in commands if command[0] != "train"]
-    assert [command[1:] for command in asked] == [[*forgetting.TUNE, *way] for way in forgetting.WAYS.values()]
+    asked = [command for command in commands.asked if command[0] != "train"]
+    assert [command[2:-2] for command in asked] == [[*forgetting.TUNE, *way] for way in forgetting.WAYS.values()]
     row: dict[str, Any] = records.load(tmp_path / "forgetting.json")[1]
     losses = {"new_before": 2.5, "new_after": 1.5, "old_before": 3.0, "old_after": 3.25}
     assert row["way"] == "replay 1" and losses.items() <= row.items()

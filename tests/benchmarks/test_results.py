@@ -7,11 +7,7 @@ import pytest
 from benchmarks import kernels, plots, records, tables, tune
 from benchmarks.__main__ import main
 from benchmarks.families import rows
-
-ABOUT = {
-    "device": "NVIDIA H200", "versions": {"torch": "2.13.0"}, "commit": "abc", "sources": "s1", "load": 0.5,
-    "date": "2026-01-02T03:04:05+00:00", "quick": False,
-}  # fmt: skip
+from tests.benchmarks.made import ABOUT
 
 
 def row(provider="minillm", ms=1.0, N=768, **other):

@@ -1,33 +1,19 @@
 """The default run of each task: what is run, what is kept, and the README's table."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import finetuning, records, tables, tasks
+from benchmarks import records, tables
 from benchmarks.__main__ import main
+from tests.benchmarks.made import ABOUT, AGAINST, Commands
 
-AGAINST = {"metric": "rouge_l", "value": 0.5, "trivial": 0.25, "what": "the source itself", "beaten": True}
 
-
-def test_each_task_from_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def minillm(*argv: str) -> str:
-        asked.append(list(argv))
-        run = Path(argv[-1])
-        run.mkdir(parents=True, exist_ok=True)
-        result = {"steps": 4, "best_step": 3, "cpu_seconds": 2.0, "peak_bytes": 1 << 20, "against": AGAINST}
-        (run / "result.json").write_text(json.dumps(result))
-        (run / "config.json").write_text(json.dumps({"corpus": {"documents": 12}, "plan": {"threads": 2}}))
-        return ""
-
-    monkeypatch.setattr(tasks, "minillm", minillm)
-    monkeypatch.setattr(finetuning, "minillm", minillm)
+def test_each_task_from_its_base(commands: Commands, tmp_path: Path) -> None:
     work, out, decoder = tmp_path / "work", tmp_path / "out", tmp_path / "decoder"
     argv = ["tasks", "--work", str(work), "--out", str(out), "--decoder", str(decoder)]
     assert main([*argv, "--task", "tag", "--task", "chat"]) == 0
+    asked = commands.asked
     assert [command[:2] for command in asked] == [
         ["train", "--preset"], ["finetune", str(work / "mlm-tiny")], ["finetune", str(decoder)]
     ]  # fmt: skip
@@ -36,6 +22,9 @@ def test_each_task_from_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows = records.load(out / "tasks.json")
     assert [row["task"] for row in rows] == ["chat", "tag"] and rows[0]["examples"] == 12
     assert all(row["seconds"] > 0 and row["beaten"] for row in rows)
+    assert main([*argv, "--task", "tag", "--quick"]) == 0
+    assert asked[5][:2] == ["train", "--preset"], "a base of two steps is none for a full measurement, nor the reverse"
+    assert [(row["task"], row["quick"]) for row in records.load(out / "tasks.json")][2:] == [("tag", True)]
 
 
 def test_an_unknown_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +33,7 @@ def test_an_unknown_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_table(tmp_path: Path) -> None:
-    about = {"device": "EPYC", "versions": {"torch": "2.13.0"}, "date": "2026-01-02", "load": 2.5, "quick": False}
+    about = {**ABOUT, "device": "EPYC", "load": 2.5}
     row = {"task": "seq2seq", "base": "default", "examples": 3000, "seconds": 90.0, "threads": 2, **AGAINST, **about}
     records.save(tmp_path / "tasks.json", [row])
     text = tables.rewritten("<!-- table:tasks -->\n<!-- /table -->\n", tmp_path).splitlines()

@@ -1,0 +1,156 @@
+"""Tables of training: what a step takes, what a run learns, and what finetuning makes of it."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from benchmarks import records
+from benchmarks.learning import goals
+from benchmarks.nanogpt import PEER
+from benchmarks.records import Row
+from benchmarks.tables.markdown import deviation, markdown, missing, spread, versions
+
+
+def training(results: Path) -> str:
+    """For each device: a line for each case and provider, with ours first."""
+    parts = []
+    for device, rows in records.by_device(results, "training.json"):
+        body = []
+        for row in rows:
+            ours = next(r for r in rows if r["kernel"] == row["kernel"] and r["provider"] == "minillm")
+            shape, case = row["shape"], row["kernel"].removeprefix("training ")
+            body.append(
+                [
+                    f"{case}, {shape['batch']} × {shape['context']}, {row['dtype']}" if row is ours else "",
+                    row["provider"],
+                    spread(row, "tokens", 0),
+                    f"{ours['ms_p50'] / row['ms_p50']:.2f}×",
+                    f"{100 * row['mfu']:.0f} %",
+                    f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+                    "–" if row is ours else f"{row['gap']:.0e}",
+                ]
+            )
+        header = ["", "", "tokens a second (p20 to p80)", "of ours", "MFU", "peak memory", "largest gap of losses"]
+        load, rate = max(row["load"] for row in rows), [row["matrix_rate"] / 1e9 for row in rows]
+        note = f"{device}, {rows[0]['threads']} threads. MFU is 6N + 12·A·w·S FLOP a token over the rate of a large "
+        note += f"product measured in the same run ({min(rate):,.0f} to {max(rate):,.0f} GFLOP/s). Same first weights, "
+        note += f"batches, AdamW; {len(rows[0]['losses'])} steps. Load of the machine up to {load}. {versions(rows)}"
+        parts.append(markdown(header, body, note))
+    return "\n\n".join(parts) or missing("python -m benchmarks training")
+
+
+def learning(results: Path) -> str:
+    """The goals, met or not, beside the peer's figures of the same run."""
+    rows = [row for row in records.load(results / "learning.json") if not row["quick"]]
+    lines = goals(rows)
+    if not lines:
+        return missing("python -m benchmarks learning --text FILE --nanogpt PATH")
+    body = [[line["goal"], line["ours"], "met" if line["met"] else "**not met**"] for line in lines]
+    peer = next((row for row in rows if row["kernel"] == PEER), None)
+    peers = f"nanoGPT: {peer['loss']:.4f} nats in {peer['wall']:.1f} s. " if peer else ""
+    load = max(row["load"] for row in rows if row["kernel"] != "ladder")
+    note = f"{peers}Wall time of whole processes. {rows[-1]['device']}, load up to {load}. {versions(rows)}"
+    return markdown(["goal", "ours", ""], body, note)
+
+
+def ladder(results: Path) -> str:
+    """A line for each lever, added to those above: bits per byte on each corpus, and what it gained."""
+    rows = [row for row in records.load(results / "learning.json") if row["kernel"] == "ladder" and not row["quick"]]
+    if not rows:
+        return missing("python -m benchmarks learning --part ladder --text FILE")
+    corpora = list(dict.fromkeys(row["shape"]["corpus"] for row in rows))
+    body, before = [], dict.fromkeys(corpora, float("nan"))
+    for rung in sorted({row["shape"]["rung"] for row in rows}):
+        found = [row for row in rows if row["shape"]["rung"] == rung]
+        line = [("+ " if rung else "") + found[0]["name"]]
+        for corpus in corpora:
+            values = [row["bits_per_byte"] for row in found if row["shape"]["corpus"] == corpus]
+            mean = statistics.mean(values) if values else float("nan")
+            line += [deviation(values) if values else "–", f"{mean - before[corpus]:+.3f}" if rung else ""]
+            before[corpus] = mean
+        body.append(line)
+    header = ["lever", *(cell for corpus in corpora for cell in (f"{corpus}, bits per byte", "change"))]
+    seeds, tokens = len({row["shape"]["seed"] for row in rows}), rows[0]["tokens"]
+    note = f"{tokens:,} tokens, {seeds} run{'s' if seeds > 1 else ''} of each. {rows[-1]['device']}. {versions(rows)}"
+    return markdown(header, body, note)
+
+
+def finetuning(results: Path) -> str:
+    """A line for each method: scores on the test sentences, what moved, what it took."""
+    rows = records.shown(results / "finetuning.json")
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        methods.setdefault(row["method"], []).append(row)
+    if not rows:
+        return missing("python -m benchmarks finetuning --data DIR")
+    body = []
+    for method in sorted(methods, key=lambda name: name != "majority"):
+        found, first = methods[method], methods[method][0]
+        scores = [deviation([row["test"][name] for row in found]) for name in ("macro_f1", "accuracy")]
+        line = [method.replace("-", " "), *scores]
+        if "parameters" not in first:
+            body.append([*line, "–", "–", "–", "–"])
+            continue
+        share = first["trained_parameters"] / first["parameters"]
+        taken = [row["cpu_seconds"] for row in found if row["cpu_seconds"] is not None]
+        seconds = f"{statistics.mean(taken):,.0f}" if taken else "–"
+        peak = max(row["peak_bytes"] for row in found) / 2**20
+        moved = f"{first['trained_parameters']:,} ({share:.1%})"
+        body.append([*line, moved, f"{first['adapter_bytes'] / 2**10:,.0f} KiB", f"{peak:,.0f} MiB", seconds])
+    header = ["method", "macro F1", "accuracy", "trained parameters", "file", "peak memory", "CPU seconds"]
+    seeds = {len(found) for found in methods.values()} - {1}
+    note = f"{rows[0]['examples']:,} test sentences; ± is the standard deviation over {max(seeds, default=1)} seeds, "
+    note += f"the others are one run each. {rows[-1]['device']}, one thread. {versions(rows)}"
+    return markdown(header, body, note)
+
+
+def tasks(results: Path) -> str:
+    """A line for each task: its default run beside the trivial answer."""
+    rows = records.shown(results / "tasks.json")
+    if not rows:
+        return missing("python -m benchmarks tasks")
+    body = []
+    for row in rows:
+        measure = f"{row['metric'].replace('_', ' ')} {row['value']:.3f}"
+        trivial = f"{row['trivial']:.3f} ({row['what']})"
+        time = f"{row['seconds'] / 60:.1f} min"
+        body.append([row["task"], f"`{row['base']}`", f"{row['examples']:,}", time, measure, trivial])
+    header = ["task", "base", "examples", "time", "it reaches", "the trivial answer"]
+    threads = max(row["threads"] for row in rows)
+    note = f"{rows[-1]['device']}, {threads} threads, load up to {max(row['load'] for row in rows)}. {versions(rows)}"
+    return markdown(header, body, note)
+
+
+def unbalanced(results: Path) -> str:
+    """A line for each way to train and to decide: the rare class over all folds."""
+    rows = records.shown(results / "unbalanced.json")
+    if not rows:
+        return missing("python -m benchmarks unbalanced")
+    ways = {"alike": "every example alike", "weighted": "class weights", "balanced": "balanced batches"}
+    body = []
+    for way, title in ways.items():
+        found = [row for row in rows if row["way"] == way]
+        for decides, which in (("likelier", "the likelier class"), ("threshold", "the tuned threshold")):
+            names = ("f1", "precision", "recall", "macro_f1")
+            if found:
+                body.append([title, which, *(deviation([row[decides][name] for row in found]) for name in names)])
+    header = ["training", "decided by", "F1 of the rare class", "its precision", "its recall", "macro F1"]
+    runs, rare = len({(row["seed"], row["fold"]) for row in rows}), rows[0]["rare"]
+    note = f"Mean ± standard deviation over {runs} folds of {rows[0]['examples']} held-out examples, {rare} rare ones. "
+    return markdown(header, body, f"{note}{rows[-1]['device']}, one thread. {versions(rows)}")
+
+
+def forgetting(results: Path) -> str:
+    """A line for each thing that is done against it: losses on both tasks, before and after."""
+    rows = records.shown(results / "forgetting.json")
+    if not rows:
+        return missing("python -m benchmarks forgetting")
+    names = ("new_before", "new_after", "old_before", "old_after")
+    body = [
+        [row["way"], *(f"{row[name]:.3f}" for name in names), f"{row['old_after'] - row['old_before']:+.3f}"]
+        for row in rows
+    ]
+    header = ["against forgetting", "replies before", "after", "source before", "after", "forgotten"]
+    note = f"Nats per token on held-out text, one run each. {rows[-1]['device']}, one thread. {versions(rows)}"
+    return markdown(header, body, note)
