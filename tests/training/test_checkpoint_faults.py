@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 
 from minillm.config import DamagedFile, UserError
-from minillm.training import checkpoint, manifest
+from minillm.training import checkpoint, manifest, shelf
 from tests.training.saving import save_example
 
 
@@ -202,20 +202,20 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
     assert all("bytes" in line and "the disk is full" in line for line in report["refused"])
 
 
-@pytest.mark.parametrize("broken", ["save_file", "copytree", "write", "_publish"])
+@pytest.mark.parametrize("broken", ["save_file", "copytree", "write", "publish"])
 def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch, broken):
     save_example(tmp_path, 1)
     full = {
         "save_file": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         "copytree": shutil.Error([("a", "b", f"[Errno 28] {os.strerror(errno.ENOSPC)}: 'b'")]),
         "write": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        "_publish": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        "publish": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
     }
 
     def fail(*_):
         raise full[broken]
 
-    owner = {"copytree": shutil, "write": manifest}.get(broken, checkpoint)
+    owner = {"copytree": shutil, "write": manifest, "publish": shelf}.get(broken, checkpoint)
     with monkeypatch.context() as patch:
         patch.setattr(owner, broken, fail)
         with pytest.raises(UserError, match=r"needs [\d,]+ bytes in .*checkpoints, and the disk is full"):
@@ -248,13 +248,13 @@ def test_an_interrupted_save_leaves_no_temporary_folder(tmp_path, monkeypatch):
 
 def test_a_disk_that_gives_back_something_else_costs_no_old_checkpoint(tmp_path, monkeypatch):
     save_example(tmp_path, 1, keep=1)
-    publish = checkpoint._publish
+    publish = shelf.publish
 
     def publish_and_flip(temporary, final):
         publish(temporary, final)
         (final / "state.json").write_text("[]")
 
-    monkeypatch.setattr(checkpoint, "_publish", publish_and_flip)
+    monkeypatch.setattr(shelf, "publish", publish_and_flip)
     with pytest.raises(DamagedFile, match=r"step-2/state\.json"):
         save_example(tmp_path, 2, keep=1, best=2)
     assert checkpoint.newest_valid(tmp_path, lambda line: None).name == "step-1"
