@@ -22,10 +22,11 @@ from minillm.config import ModelConfig, OptimConfig, Settings, from_dict
 from minillm.data.batch import Batch
 from minillm.interop.hf import build, read_hf
 from minillm.model.transformer import Transformer
-from minillm.training.loop import Job, Loop, Progress, precision
+from minillm.training.job import Job, Progress
+from minillm.training.loop import Loop
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan
+from minillm.training.plan import Plan, autocast
 from minillm.training.signals import Signals
 
 Trainer = Callable[[Tensor, Tensor], float]
@@ -152,7 +153,7 @@ def nanogpt(of: Setting, first: nn.Module, checkout: Path) -> Trainer:
 
 def _plain(of: Setting, model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[..., Tensor]) -> Trainer:
     """Forward, backward, clip, step, zero, as nanoGPT's train.py has it."""
-    context = precision(_plan(of))
+    context = autocast(of.device.type, of.dtype)
 
     def step(ids: Tensor, targets: Tensor) -> float:
         with context():

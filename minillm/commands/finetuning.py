@@ -85,7 +85,7 @@ def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str
 def run_prepared(prepared, settings: Settings, run: Path, config, trackers, signals: Signals, *, resume_from) -> int:
     from minillm import preflight
     from minillm.training.finetune import Finetuning, finetune
-    from minillm.training.loop import TrainingFailed
+    from minillm.training.job import TrainingFailed
     from minillm.training.plan import choose_dtype
     from minillm.training.report import write_report
 

@@ -6,10 +6,8 @@ With no argument it learns from the Python standard library's own source, for ab
 import contextlib
 import dataclasses
 import json
-import sys
 import tomllib
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +116,7 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
     asked before --overwrite removes anything.
     """
     from minillm import ops
+    from minillm.commands.pretraining import prepare, run_prepared
     from minillm.data.sources import open_source
     from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
@@ -141,12 +140,14 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
     run = team.share(run)
     team.log_to(run)
     with nothing_left_of(run) if team.lead else contextlib.nullcontext():
-        return _run(settings, source, run, config, trackers, signals, team, resume_from=None, profile=args.profile)
+        work = prepare(settings, source, run, config, trackers=trackers, team=team, profile=args.profile)
+        return run_prepared(work, signals, resume_from=None)
 
 
 def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     """Goes on from the newest valid checkpoint, or from the start where there is none yet."""
     from minillm.commands import finetune
+    from minillm.commands.pretraining import prepare, run_prepared
     from minillm.data.sources import open_source
     from minillm.training import checkpoint
     from minillm.training.run import read_config
@@ -169,117 +170,5 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     folder = team.share(folder)
     say_where_from(run, folder)
     source = open_source(settings.source)
-    return _run(settings, source, run, config, trackers_of(args.log), signals, team, resume_from=folder)
-
-
-def _run(
-    settings: Settings,
-    source: Any,
-    run: Path,
-    config: dict[str, Any],
-    trackers: tuple[str, ...],
-    signals: Signals,
-    team: Alone,
-    *,
-    resume_from: Path | None,
-    profile: bool = False,
-) -> int:
-    """Tokenizer, shards, model, loop, report."""
-    from minillm import preflight
-    from minillm.commands.announce import baselines_text, plan_text, predictions
-    from minillm.commands.corpus import run_objective, run_sampler, run_shards, run_tokenizer
-    from minillm.data.shards import corpus_hash
-    from minillm.training.loop import TrainingFailed
-    from minillm.training.plan import Plan, choose_dtype
-    from minillm.training.pretrain import Pretraining, pretrain, resolved
-    from minillm.training.report import write_report
-    from minillm.training.run import write_json
-
-    known = config.get("corpus", {}).get("hash")
-    if known is not None and corpus_hash(source) != known:
-        raise UserError(
-            f"the text of {settings.source} has changed since {run} began; restore it, or start a new run with --out"
-        )
-    with team.lead_first():
-        tokenizer = run_tokenizer(settings, source, run)
-        settings = resolved(settings, tokenizer.vocab_size)
-        shards = run_shards(settings, source, run, tokenizer)
-        config.update(settings=dataclasses.asdict(settings), corpus=shards.info)
-        if team.lead:
-            write_json(run / "config.json", config)
-
-    def micro_batch(model: Any, device: Any) -> int:
-        rows = team.rows(settings.train.batch)[1]
-        parts = (settings.train.shard_ranks or team.size) if settings.train.parallel == "fsdp" else 1
-        free = preflight.device_memory(device) // (team.neighbours if device.type == "cpu" else 1)
-        dtype = choose_dtype(settings, device)
-        return preflight.micro_batch(settings, device=device, dtype=dtype, free=free, batch=rows, parts=parts)
-
-    def show_plan(plan: Plan) -> dict[str, Any]:
-        predicted = predictions(settings, plan)
-        say(plan_text(settings, plan, predicted, shards.info, team.size))
-        return predicted
-
-    work = Pretraining(
-        settings=settings,
-        run=run,
-        shards=shards,
-        objective=run_objective(settings, tokenizer),
-        config=config,
-        micro_batch=micro_batch,
-        sample=run_sampler(settings, tokenizer, shards, source) if settings.train.sample_tokens else None,
-        say=say,
-        show_plan=show_plan,
-        show_baselines=lambda values: say(baselines_text(values)),
-        log=trackers,
-        team=team,
-        profile=partial(_profile, settings, run, team.size) if profile and team.lead else None,
-    )
-    try:
-        outcome = pretrain(work, signals, resume_from=resume_from)
-    except TrainingFailed as failure:
-        print(f"error: {failure}\nreport: {write_report(run) if team.lead else run}", file=sys.stderr)
-        return 1
-    if not team.lead:
-        return outcome.code
-    report = write_report(run)
-    if outcome.code == 0:
-        _conclude(run, config, report)
-    return outcome.code
-
-
-def _profile(settings: Settings, run: Path, processes: int, plan: Any) -> Any:
-    """What watches the steps of `--profile`, on one of so many processes.
-
-    Raises `UserError` for a run that ends before they are recorded.
-    """
-    import torch
-
-    from minillm import preflight
-    from minillm.training.profile import ATTENTION, PRODUCTS, STEPS, Profile
-
-    if plan.steps < STEPS:
-        raise UserError(f"--profile records step {STEPS - 2} to {STEPS}, and this run has {plan.steps}; lengthen it")
-    products, attention = preflight.flops_by_part(settings.model, all_pairs=False)
-    return Profile(
-        run=run,
-        device=torch.device(plan.device),
-        dtype=plan.dtype,
-        flops={PRODUCTS: products, ATTENTION: attention},
-        whole_flops=preflight.flops_per_token(settings.model),
-        tokens=settings.train.batch * settings.model.context // processes,
-        compiled=plan.compile,
-        say=say,
-    )
-
-
-def _conclude(run: Path, config: dict[str, Any], report: Path) -> None:
-    """The verdict, where the report is, and what to do next: the result of a run, on stdout."""
-    from minillm.training.run import read_metrics
-    from minillm.training.verdict import next_commands, verdict
-
-    metrics = read_metrics(run)
-    print("\n".join(verdict(config, metrics)))
-    print(f"\nreport: {report}\n\nnext:")
-    for command, reason in next_commands(run, config, metrics):
-        print(f"  {command:<60} {reason}")
+    work = prepare(settings, source, run, config, trackers=trackers_of(args.log), team=team)
+    return run_prepared(work, signals, resume_from=folder)

@@ -26,11 +26,12 @@ from minillm.peft import files
 from minillm.peft.config import MethodConfig
 from minillm.peft.depth import layer_scale
 from minillm.peft.inject import Adapted, inject, summary
+from minillm.training.job import Job, Outcome
 from minillm.training.keeping import OldText, l2_to_start, with_replay
-from minillm.training.loop import Job, Outcome, precision, train
+from minillm.training.loop import train
 from minillm.training.objectives import Objective, evaluate
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan, choose_device, cores, make_plan
+from minillm.training.plan import Plan, autocast, choose_device, cores, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
 
@@ -152,7 +153,8 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     if result.outcome.code == 0:
         scored = task.data(work.parts.test, means) if work.parts.test else held_out
         rows = (part.to(device) for part in _in_order(scored))
-        loss = evaluate(model, rows, precision(plan), signals.poll, task.score(start), task.count).loss
+        precision = autocast(plan.device, plan.dtype)
+        loss = evaluate(model, rows, precision, signals.poll, task.score(start), task.count).loss
         result.metrics = {"loss": loss, **task.final_metrics(model, scored, means, start)}
         if work.old is not None:
             forgotten = work.old.loss(model, signals.poll, nullcontext)

@@ -7,119 +7,23 @@ a run that is killed and resumed writes the same numbers as one that was not.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minillm.config import Settings, UserError
 from minillm.data.batch import Batch
-from minillm.training import checkpoint, memory
-from minillm.training.distributed import ALONE, Alone, Call, apply, placed, placed_state, whole
+from minillm.training import checkpoint, memory, snapshot
+from minillm.training.job import Job, Outcome, Progress, TrainingFailed
 from minillm.training.monitor import Monitor
-from minillm.training.objectives import Count, Evaluation, Objective, counted, evaluate, likelihood
+from minillm.training.objectives import Evaluation, evaluate
 from minillm.training.optim import add_penalties, gradient_norm, set_learning_rate
-from minillm.training.plan import Plan, autocast
-from minillm.training.profile import Profile
-from minillm.training.run import cut_metrics, write_json
+from minillm.training.plan import autocast
+from minillm.training.run import cut_metrics
 from minillm.training.signals import Signals, Stopped
-from minillm.training.units import watch_units
-
-
-class TrainingFailed(Exception):
-    """A step met NaN or Inf; the weights are those before it."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    chores_done: bool = False
-    """Whether validation and samples of `step` are behind us."""
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_score: float | None = None
-    """What chose the best step; lower is better: the validation loss, or the negative of the watched metric."""
-    worse: int = 0
-    """Validations since the best one."""
-    loss_sum: float = 0.0
-    """Since the last line of the log, as the next three."""
-    targets: int = 0
-    line_tokens: int = 0
-    line_seconds: float = 0.0
-
-
-@dataclass
-class Job:
-    """What is to be trained, and with what; `pretrain` puts it together."""
-
-    model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    settings: Settings
-    plan: Plan
-    objective: Objective
-    batch: Callable[[int], Batch]
-    """Step -> this rank's rows of it; a pure function, so that a resumed run reads on where the first one stopped."""
-    validation: Callable[[], Iterable[Batch]]
-    run: Path
-    config: dict[str, Any]
-    """What checkpoints keep as config.json."""
-    train_bits: float | None
-    """Bits per byte for each nat per token, of the training text and of the validation text; None: not defined."""
-    val_bits: float | None
-    samples_per_epoch: int
-    sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]] | None = None
-    """(model, step) -> events to write; must leave torch's global generator alone."""
-    score: Objective = likelihood
-    """What validation sums up; `objective` may add weights and regularisers to it."""
-    count: Count = counted
-    """What the sums of both are divided by."""
-    metrics: Callable[[nn.Module], dict[str, float]] | None = None
-    """Model -> a task's metrics on its validation data, for the validation line."""
-    watch: str | None = None
-    """The metric by which a model is the best, higher is better. None: the validation loss."""
-    allocator: "Allocator | None" = None
-    """AdaLoRA's."""
-    profile: Profile | None = None
-    """What watches some of the steps."""
-    team: Alone = ALONE
-    """The processes that train together; each has a job of its own."""
-    call: Call = apply
-    """Computes an objective with the model, as `team.spread` has prepared it."""
-
-
-class Allocator(Protocol):
-    """What moves ranks around each optimizer step (minillm/peft/adalora.py)."""
-
-    def before_step(self) -> None: ...
-
-    def after_step(self, step: int) -> None: ...
-
-    def ranks(self) -> dict[str, int]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    reason: str
-    """finished, early stop, or signal"""
-    code: int
-    progress: Progress
-
-
-def precision(plan: Plan) -> Callable[[], AbstractContextManager]:
-    """The context in which matrix products run in plan.dtype."""
-    return autocast(plan.device, plan.dtype)
+from minillm.training.units import gradient_norms, watch_units
 
 
 class Loop:
@@ -128,10 +32,10 @@ class Loop:
         # By name from here on: fully_shard puts others in their place while it has them gathered.
         self.weights = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.weights.values())
-        self.precision, self.team = precision(job.plan), job.team
+        self.precision, self.team = autocast(job.plan.device, job.plan.dtype), job.team
         # One that was saved before its validation ended is saved again after it, with what the validation found.
         self.saved: int | None = progress.step if progress.step and progress.chores_done else None
-        self.random = _random_state()  # after the last finished step
+        self.random = snapshot.random_state()  # after the last finished step
 
     def run(self) -> Outcome:
         job, progress, plan = self.job, self.progress, self.job.plan
@@ -151,9 +55,12 @@ class Loop:
                     self._log()
                 self.monitor.advance()
         except Stopped as stopped:
-            self._save_after_signal()
+            self._save_last_step()
             self._end("signal")
             return Outcome("signal", stopped.code, progress)
+        except memory.OneRowTooMany:
+            self._save_last_step()
+            raise
         reason = "early stop" if progress.step < plan.steps else "finished"
         if job.settings.train.patience is not None and progress.best_step not in (None, progress.step):
             self._restore_best()
@@ -162,55 +69,19 @@ class Loop:
 
     def _step(self) -> None:
         """One optimizer step; where memory runs out before a weight has moved, again with smaller micro-batches."""
-        while not self._fitting_step():
-            self._shrink()
-
-    def _fitting_step(self) -> bool:
-        """Whether there was memory for a step. (What failed is released when its error is, at the end of this call.)"""
-        self.moving = False
-        try:
-            self._one_step()
-        except RuntimeError as error:
-            if not memory.ran_out(error):
-                raise
-            if self.moving:
-                raise UserError(
-                    f"memory ran out while the optimizer moved the weights of step {self.progress.step + 1}; "
-                    f"{memory.what_helps(self.job.settings, self.job.plan.device)}"
-                ) from None
-            return False
-        return True
-
-    def _shrink(self) -> None:
-        """Goes back to the end of the last step, with smaller micro-batches from now on."""
         job, step = self.job, self.progress.step + 1
-        memory.release(torch.device(job.plan.device))
-        _set_random_state(self.random)
-        before, rows = job.plan.micro_batch, memory.smaller(job.plan.micro_batch, job.settings.train.batch)
-        if self.team.size > 1:  # the others are in the middle of a step that needs this rank
-            raise UserError(
-                f"step {step}: memory ran out on one process, with {before} sequences at a time; begin a run with a "
-                f"smaller --train.micro-batch, or {memory.what_helps(job.settings, job.plan.device)}"
-            )
-        if rows is None:
-            self._save_after_signal()
-            raise UserError(
-                f"step {step}: memory ran out with one sequence at a time; "
-                f"{memory.what_helps(job.settings, job.plan.device)}"
-            )
-        self.monitor.say(f"step {step}: memory ran out with {before} sequences at a time; it takes {rows} from now on")
-        self.monitor.event("memory", step=step, micro_batch=rows)
-        job.plan = replace(job.plan, micro_batch=rows)
-        job.config["plan"] = {**job.config.get("plan", {}), "micro_batch": rows}
-        write_json(job.run / "config.json", job.config)
+        self.lr = set_learning_rate(job.optimizers, self.progress.step, job.plan.steps, job.settings.optim)
+        while (found := memory.attempt(self._backward)) is None:
+            snapshot.set_random_state(self.random)
+            memory.shrink(job, self.monitor, step)
+        with memory.no_way_back(job, step):
+            self._update(*found)
 
-    def _one_step(self) -> None:
-        """Forward and backward for each micro-batch, clip, step."""
-        job, progress = self.job, self.progress
-        batch = job.batch(progress.step).to(torch.device(job.plan.device))
+    def _backward(self) -> tuple[Batch, int, Tensor]:
+        """Forward and backward for each micro-batch; returns this rank's rows, all ranks' targets, its rows' loss."""
+        job = self.job
+        batch = job.batch(self.progress.step).to(torch.device(job.plan.device))
         counted = self.team.total(job.count(batch))
-        lr = set_learning_rate(job.optimizers, progress.step, job.plan.steps, job.settings.optim)
-
         for optimizer in job.optimizers:
             optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=batch.ids.device)
@@ -224,7 +95,16 @@ class Loop:
             self.scaler.scale(loss / share).backward()
             total += loss.detach()
             self.team.poll(self.signals, midway=True)
-        self.moving = True
+        return batch, counted, total
+
+    def _update(self, batch: Batch, counted: int, total: Tensor) -> None:
+        """Penalties, clip, step. Raises `TrainingFailed`, before a weight moves, where loss or gradient is not finite.
+
+        Args:
+            counted: targets of all ranks.
+            total: loss of this rank's rows, summed over their targets.
+        """
+        job, progress = self.job, self.progress
         for optimizer in job.optimizers:
             self.scaler.unscale_(optimizer)
         add_penalties(job.model, job.settings.optim)
@@ -245,14 +125,20 @@ class Loop:
         if job.allocator is not None:
             job.allocator.after_step(progress.step + 1)
 
-        self.lr, self.norm = lr, norm.item()
-        progress.step += 1
-        progress.chores_done = False
-        progress.tokens += self.team.size * batch.ids.numel()
-        progress.line_tokens += self.team.size * batch.ids.numel()
-        progress.loss_sum += mean * counted
-        progress.targets += counted
-        self.random = _random_state()
+        self.norm = norm.item()
+        progress.advance(tokens=self.team.size * batch.ids.numel(), loss_sum=mean * counted, targets=counted)
+        self.random = snapshot.random_state()
+
+    def _fail(self, what: str, batch: Batch) -> None:
+        with self.precision():
+            layer, samples = self.team.locate(self.job.model, batch, self.job.objective)
+        step = self.progress.step + 1
+        self.monitor.event("nonfinite", step=step, what=what, layer=layer, samples=samples)
+        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+        raise TrainingFailed(
+            f"step {step}: the {what} is not finite, first at {layer}, samples {shown}; the weights are unchanged. "
+            f"Lower --optim.lr, or look closer with: minillm doctor {self.job.run}"
+        )
 
     def _log(self) -> None:
         progress, seconds = self.progress, self.monitor.seconds
@@ -269,8 +155,7 @@ class Loop:
             targets=progress.targets,
             epoch=progress.step * self.job.settings.train.batch / self.job.samples_per_epoch,
         )
-        progress.loss_sum, progress.targets, progress.line_tokens = 0.0, 0, 0
-        progress.line_seconds = seconds
+        progress.begin_line(seconds)
 
     def _chores(self) -> None:
         """What is due after `progress.step` steps: validation, samples, a checkpoint."""
@@ -291,15 +176,6 @@ class Loop:
             self._save()
         self.team.poll(self.signals)
 
-    def _sample(self, sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]]) -> None:
-        step, model = self.progress.step, self.team.whole_model(self.job.model)
-        if model is None:
-            return
-        with self.team.busy("sampling"):
-            for event in sample(model, step):
-                self.monitor.event("sample", step=step, **event)
-                self.monitor.say(f"\n--- sample after {step} steps ---{_shown(event)}---\n")
-
     def _validate(self) -> None:
         job, progress = self.job, self.progress
         with watch_units(job.model) as alive:
@@ -311,7 +187,8 @@ class Loop:
         if progress.step > 0:
             active = {name: self.team.any(units).float().mean().item() for name, units in alive.items()}
             ranks = {} if job.allocator is None else {"ranks": job.allocator.ranks()}
-            self.monitor.event("layers", step=progress.step, grad_norms=self._layer_norms(), active=active, **ranks)
+            norms = gradient_norms(self.weights)
+            self.monitor.event("layers", step=progress.step, grad_norms=norms, active=active, **ranks)
         self.monitor.line(
             "val",
             [job.watch] if job.watch is not None else [*metrics],
@@ -322,53 +199,39 @@ class Loop:
             targets=result.targets,
             **metrics,
         )
-        score = result.loss if job.watch is None else -metrics[job.watch]
-        if progress.best_score is None or score < progress.best_score:
-            progress.best_score, progress.best_loss = score, result.loss
-            progress.best_step, progress.worse = progress.step, 0
-        else:
-            progress.worse += 1
+        progress.judge(result.loss if job.watch is None else -metrics[job.watch], result.loss)
 
-    def _layer_norms(self) -> dict[str, float]:
-        """Gradient norm of each half-block in the last step, after clipping."""
-        squares: dict[str, float] = {}
-        for name, p in self.weights.items():
-            if p.grad is not None:
-                parts = name.split(".")
-                layer = ".".join(parts[:4]) if "blocks" in parts else parts[0]
-                squares[layer] = squares.get(layer, 0.0) + whole(p.grad.float().square().sum()).item()
-        return {name: math.sqrt(square) for name, square in squares.items()}
+    def _sample(self, sample: Callable[[nn.Module, int], Iterable[dict[str, Any]]]) -> None:
+        step, model = self.progress.step, self.team.whole_model(self.job.model)
+        if model is None:
+            return
+        with self.team.busy("sampling"):
+            for event in sample(model, step):
+                self.monitor.sample(step, event)
 
     def _save(self) -> None:
-        progress = self.progress
+        job, progress = self.job, self.progress
         self.signals.save = False
         if self.saved == progress.step:
             return
         progress.seconds = self.monitor.seconds
-        state = {
-            "progress": asdict(progress),
-            "optimizers": [optimizer.state_dict() for optimizer in self.job.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "random": _random_state(),
-            "ranks": None if self.job.allocator is None else self.job.allocator.state(),
-        }
         self.team.save(
-            self.job.run,
+            job.run,
             progress.step,
-            weights=self.job.model.state_dict(),
-            state=state,
-            config=self.job.config,
-            tokenizer=self.job.run / "tokenizer",
-            keep=self.job.settings.train.keep,
+            weights=job.model.state_dict(),
+            state=snapshot.take(job, progress, self.scaler),
+            config=job.config,
+            tokenizer=job.run / "tokenizer",
+            keep=job.settings.train.keep,
             best=progress.best_step,
         )
         self.saved = progress.step
 
-    def _save_after_signal(self) -> None:
+    def _save_last_step(self) -> None:
         """Saves the last finished step: the random state goes back to where the unfinished one began."""
         if not self.progress.step:
             return
-        _set_random_state(self.random)
+        snapshot.set_random_state(self.random)
         self._save()
         self.team.settle()
         self.monitor.say(f"saved step {self.progress.step}; go on with: python train.py --resume {self.job.run}")
@@ -377,22 +240,11 @@ class Loop:
         """Puts the best weights back, as the last checkpoint of the run."""
         progress = self.progress
         self.team.settle()
-        folder = checkpoint.resolve(self.job.run / "checkpoints" / f"step-{progress.best_step}")
-        self.job.model.load_state_dict(placed(checkpoint.load_weights(folder), self.job.model))
+        best = self.job.run / "checkpoints" / f"step-{progress.best_step}"
+        snapshot.put_back_weights(self.job.model, checkpoint.resolve(best))
         self.monitor.say(f"restored the best weights, those of step {progress.best_step}")
         self.saved = None
         self._save()
-
-    def _fail(self, what: str, batch: Batch) -> None:
-        with self.precision():
-            layer, samples = self.team.locate(self.job.model, batch, self.job.objective)
-        step = self.progress.step + 1
-        self.monitor.event("nonfinite", step=step, what=what, layer=layer, samples=samples)
-        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        raise TrainingFailed(
-            f"step {step}: the {what} is not finite, first at {layer}, samples {shown}; the weights are unchanged. "
-            f"Lower --optim.lr, or look closer with: minillm doctor {self.job.run}"
-        )
 
     def _end(self, reason: str) -> None:
         progress = self.progress
@@ -407,7 +259,7 @@ def train(job: Job, signals: Signals, *, log: tuple[str, ...] = (), resume_from:
     """
     progress, scaler = Progress(), torch.amp.GradScaler(job.plan.device, enabled=job.plan.dtype == "fp16")
     if resume_from is not None:
-        progress = _load(job, scaler, resume_from)
+        progress = snapshot.put_back(job, scaler, resume_from)
     if job.team.lead:
         cut_metrics(job.run, progress.step, chores_done=progress.chores_done)
     monitor = Monitor(
@@ -420,41 +272,6 @@ def train(job: Job, signals: Signals, *, log: tuple[str, ...] = (), resume_from:
     finally:
         signals.careful = False
         monitor.close()
-
-
-def _load(job: Job, scaler: torch.amp.GradScaler, folder: Path) -> Progress:
-    state = checkpoint.load_state(folder)
-    try:
-        job.model.load_state_dict(placed(checkpoint.load_weights(folder), job.model))
-        for optimizer, values in zip(job.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(placed_state(values, optimizer))
-        scaler.load_state_dict(state["scaler"])
-        if job.allocator is not None:
-            job.allocator.load_state(state["ranks"])
-        random = job.team.random_of(state)
-        if random is not None:
-            _set_random_state(random)
-        return Progress(**state["progress"])
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} does not fit this run: {str(error).splitlines()[0]}") from error
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _shown(event: dict[str, Any]) -> str:
-    parses = f"{event['parses']:.0%} of {event['tried']} parse\n" if event["parses"] is not None else ""
-    return f"\n{event['prompt']}{event['text']}\n{parses}"
 
 
 def _times(loss: float, bits: float | None) -> float | None:

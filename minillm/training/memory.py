@@ -6,24 +6,81 @@ rounding and the draws of dropout, nothing that it learns.
 
 import copy
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from minillm.config import Settings, UserError
 from minillm.data.batch import Batch
+from minillm.training.job import Job
+from minillm.training.monitor import Monitor
 from minillm.training.objectives import Objective
 from minillm.training.optim import build_optimizers
+from minillm.training.run import write_json
+
+Result = TypeVar("Result")
 
 SPARE = 0.9
 """Share of a GPU's free memory that a measured step may take; the rest is for what allocators cannot give back."""
 
 
+class OneRowTooMany(UserError):
+    """Memory runs out in a step of one sequence at a time."""
+
+
 def ran_out(error: RuntimeError) -> bool:
     """Whether it is a device that has no more memory, or a CPU whose process may have no more of it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def attempt(work: Callable[[], Result]) -> Result | None:
+    """What `work` returns; None where memory ran out. (What it held is released with its error, as this call ends.)"""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+    return None
+
+
+@contextmanager
+def no_way_back(job: Job, step: int) -> Iterator[None]:
+    """While open, weights move. Raises `UserError` where memory runs out: the step cannot be done again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise UserError(
+            f"memory ran out while the optimizer moved the weights of step {step}; "
+            f"{what_helps(job.settings, job.plan.device)}"
+        ) from None
+
+
+def shrink(job: Job, monitor: Monitor, step: int) -> None:
+    """After an attempt at a step: smaller micro-batches from now on, which config.json keeps.
+
+    Raises `OneRowTooMany` where they cannot be smaller, `UserError` where the step was that of several processes.
+    """
+    release(torch.device(job.plan.device))
+    before, rows = job.plan.micro_batch, smaller(job.plan.micro_batch, job.settings.train.batch)
+    helps = what_helps(job.settings, job.plan.device)
+    if job.team.size > 1:  # the others are in the middle of a step that needs this rank
+        raise UserError(
+            f"step {step}: memory ran out on one process, with {before} sequences at a time; begin a run with a "
+            f"smaller --train.micro-batch, or {helps}"
+        )
+    if rows is None:
+        raise OneRowTooMany(f"step {step}: memory ran out with one sequence at a time; {helps}")
+    monitor.say(f"step {step}: memory ran out with {before} sequences at a time; it takes {rows} from now on")
+    monitor.event("memory", step=step, micro_batch=rows)
+    job.plan = replace(job.plan, micro_batch=rows)
+    job.config["plan"] = {**job.config.get("plan", {}), "micro_batch": rows}
+    write_json(job.run / "config.json", job.config)
 
 
 def release(device: torch.device) -> None:
@@ -97,15 +154,13 @@ def measured_rows(
     room = SPARE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
 
     def peak(rows: int) -> int | None:
+        def steps() -> int:
+            _two_steps(copy.deepcopy(model), settings, objective, list(batch.split(rows))[:2], precision)
+            return torch.cuda.max_memory_allocated(device) - own
+
         release(device)
         torch.cuda.reset_peak_memory_stats(device)
-        try:
-            _two_steps(copy.deepcopy(model), settings, objective, list(batch.split(rows))[:2], precision)
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-            return None
-        return torch.cuda.max_memory_allocated(device) - own
+        return attempt(steps)
 
     try:
         rows = largest(first, len(batch.samples), room, peak)

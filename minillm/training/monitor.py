@@ -51,6 +51,12 @@ class Monitor:
         if self.metrics is not None:
             self.metrics.write(event=name, **values)
 
+    def sample(self, step: int, event: dict[str, Any]) -> None:
+        """What a model wrote after so many steps, and how much of such text parses where that is asked."""
+        self.event("sample", step=step, **event)
+        parses = f"{event['parses']:.0%} of {event['tried']} parse\n" if event["parses"] is not None else ""
+        self.say(f"\n--- sample after {step} steps ---\n{event['prompt']}{event['text']}\n{parses}---\n")
+
     def line(self, split: str, shown: Iterable[str] = (), **values: Any) -> None:
         """One line of numbers: `split` is train or val; the values named in `shown` are said besides the loss."""
         head = {name: values.pop(name) for name in ("step", "tokens")}

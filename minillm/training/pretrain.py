@@ -24,7 +24,8 @@ from minillm.evaluation.baselines import baselines
 from minillm.model.transformer import Transformer, call_block
 from minillm.training import memory
 from minillm.training.distributed import ALONE, Alone, micro_batch
-from minillm.training.loop import Job, Outcome, precision, train
+from minillm.training.job import Job, Outcome
+from minillm.training.loop import train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, cores, make_plan
@@ -100,7 +101,7 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         plan = replace(plan, compile=by_block)
     elif plan.compile:
         part = next(batch(0).split(plan.micro_batch)).to(device)
-        compiled = _compiled(objective, model, part, precision(plan), work.say)
+        compiled = _compiled(objective, model, part, autocast(plan.device, plan.dtype), work.say)
         plan = replace(plan, compile=compiled is not objective)
         objective = compiled
     _keep_plan(work, plan, **work.show_plan(plan))

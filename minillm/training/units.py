@@ -1,13 +1,17 @@
-"""Dead units: hidden units of an MLP that no token makes non-zero any more.
+"""What is watched of each layer while it learns: its dead units, and the norm of its gradient.
 
-Behind ReLU such a unit passes no gradient either, so it stays dead (a rate that is too high kills many at once). What
-is counted is the input of each MLP's last matrix: activation(up(x)), times the gate where there is one.
+A unit is dead when no token makes it non-zero any more. Behind ReLU it then passes no gradient either, so it stays
+dead (a rate that is too high kills many at once). What is counted is the input of each MLP's last matrix:
+activation(up(x)), times the gate where there is one.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+
+from minillm.training.distributed import whole
 
 
 @contextmanager
@@ -29,3 +33,14 @@ def watch_units(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def gradient_norms(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """The norm of the gradients of each half-block, or of what lies outside of blocks, by its name."""
+    squares: dict[str, float] = {}
+    for name, p in weights.items():
+        if p.grad is not None:
+            parts = name.split(".")
+            layer = ".".join(parts[:4]) if "blocks" in parts else parts[0]
+            squares[layer] = squares.get(layer, 0.0) + whole(p.grad.float().square().sum()).item()
+    return {name: math.sqrt(square) for name, square in squares.items()}

@@ -9,7 +9,8 @@ import torch
 from minillm.config import Settings, from_dict, merge
 from minillm.data.batch import IGNORED, Batch
 from minillm.model.transformer import Transformer
-from minillm.training.loop import Job, Outcome, train
+from minillm.training.job import Job, Outcome
+from minillm.training.loop import train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan

@@ -16,9 +16,10 @@ import torch
 
 from minillm.cli import run as command
 from minillm.data.batch import Batch
-from minillm.training import checkpoint
+from minillm.training import checkpoint, snapshot
 from minillm.training.distributed import Alone, join, whole
-from minillm.training.loop import Job, _load, train
+from minillm.training.job import Job
+from minillm.training.loop import train
 from minillm.training.optim import build_optimizers
 from minillm.training.signals import Signals
 from tests.training.jobs import job, rows
@@ -127,7 +128,7 @@ def resumed(rank: int, run: Path, values: dict[str, Any]) -> Any:
         team.log_to(run)
         work = spread_job(team, run, **values)
         folder = team.share(checkpoint.resolve(run))
-        _load(work, torch.amp.GradScaler("cpu", enabled=False), folder)
+        snapshot.put_back(work, torch.amp.GradScaler("cpu", enabled=False), folder)
         weights = {name: whole(x).clone() for name, x in work.model.state_dict().items()}
         states = [optimizer.state_dict()["state"] for optimizer in work.optimizers]
         moments = [

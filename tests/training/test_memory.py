@@ -11,7 +11,7 @@ from minillm.config import UserError
 from minillm.data.loader import validation
 from minillm.training import checkpoint, memory, pretrain
 from minillm.training.distributed import Alone
-from minillm.training.loop import Job
+from minillm.training.job import Job
 from tests.training.jobs import go, job, weights
 from tests.training.running import TINY, events, losses, train
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.training import nonfinite
-from minillm.training.loop import TrainingFailed
+from minillm.training.job import TrainingFailed
 from minillm.training.objectives import likelihood
 from tests.training.jobs import go, job, rows, weights
 from tests.training.running import TINY, events, lines, train
