@@ -18,9 +18,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import codegen
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
+from benchmarks.records import RESULTS, ROOT
 
 
 def kernels(arguments: argparse.Namespace) -> int:
@@ -108,11 +106,14 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, help: str, *, quick: str | None) -> argparse.ArgumentParser:
+    def command(function, help: str, *, quick: str | None, work: bool = False) -> argparse.ArgumentParser:
         added = commands.add_parser(function.__name__, help=help)
         added.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="the results' folder")
         if quick:
             added.add_argument("--quick", action="store_true", help=quick)
+        if work:
+            runs = f"runs/{function.__name__}"
+            added.add_argument("--work", type=Path, default=ROOT / runs, metavar="DIR", help=f"its runs ({runs})")
         added.set_defaults(function=function)
         return added
 
@@ -135,31 +136,21 @@ def parser() -> argparse.ArgumentParser:
         "--model", action="append", metavar="NAME", help="one case, may be repeated (default: the device's)"
     )
     added.add_argument("--nanogpt", type=Path, metavar="DIR", help="an unmodified checkout, as another peer")
-    added = command(learning, "loss against tokens, seconds and FLOPs", quick="a few steps of each")
+    added = command(learning, "loss against tokens, seconds and FLOPs", quick="a few steps of each", work=True)
     added.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare (default: nanoGPT's input.txt)")
     added.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT to train beside ours")
     parts = "peer, short, equal, long, default, plain, ladder, width"
     added.add_argument("--part", action="append", metavar="P", help=f"may be repeated (default: {parts})")
     added.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each rung of the ladder (2)")
-    work = ROOT / "runs/learning"
-    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
-    added = command(finetuning, "methods of finetuning", quick="two steps of each")
+    added = command(finetuning, "methods of finetuning", quick="two steps of each", work=True)
     added.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder of sst3-*.jsonl")
-    work = ROOT / "runs/finetuning"
-    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
-    added = command(tasks, "the default run of each task", quick="two steps of each")
+    added = command(tasks, "the default run of each task", quick="two steps of each", work=True)
     added.add_argument("--task", action="append", metavar="T", help="one task, may be repeated (default: all)")
     added.add_argument("--encoder", type=Path, metavar="RUN", help="a run of mlm-tiny (default: pretrains one)")
     added.add_argument("--decoder", type=Path, metavar="RUN", help="a run of default (default: pretrains one)")
-    work = ROOT / "runs/tasks"
-    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
-    added = command(unbalanced, "what helps a rare class", quick="two steps of each")
+    added = command(unbalanced, "what helps a rare class", quick="two steps of each", work=True)
     added.add_argument("--seeds", type=int, default=1, metavar="N", help="times that all folds are run (1)")
-    work = ROOT / "runs/unbalanced"
-    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
-    added = command(forgetting, "what keeps the old task", quick="two steps of each")
-    work = ROOT / "runs/forgetting"
-    added.add_argument("--work", type=Path, default=work, metavar="DIR", help=f"its runs ({work.relative_to(ROOT)})")
+    command(forgetting, "what keeps the old task", quick="two steps of each", work=True)
     added = command(tables, "the README's tables", quick=None)
     added.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="the file to rewrite")
     added.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")

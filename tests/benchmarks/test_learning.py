@@ -13,11 +13,7 @@ from benchmarks import learning, nanogpt, records, tables
 from benchmarks.plots import draw_ladder, draw_widths
 from minillm import presets
 from minillm.commands.train import _parse
-
-ABOUT = {
-    "device": "CPU, 2 cores", "versions": {"torch": "2.13.0"}, "load": 0.5, "date": "2026-01-02T03:04:05+00:00",
-    "quick": False,
-}  # fmt: skip
+from tests.benchmarks.made import ABOUT
 
 
 def goal(name, loss, wall, allowed, **other):
