@@ -36,8 +36,8 @@ def test_every_method_once_and_what_is_compared_three_times(
     assert sentences == [{"text": f"train {n} ☃"} for n in range(9)]  # no label, nothing of dev or test
     runs = [Path(command[-1]).name.rpartition("-")[0] for command in asked[1:] if command[0] != "evaluate"]
     assert runs == ["from-scratch-1", "from-scratch-2", "full-1"]
-    assert asked[5][-6:-2] == asked[1][-6:-2] == ["--optim.lr", "5e-4", "--seed", "1"]  # full, and from scratch
-    assert asked[1][-5:-2] == ["s", "--seed", "1"] and f"{data}/sst3-dev.jsonl" in asked[1]
+    assert asked[5][-6:-2] == ["--optim.lr", "5e-4", "--seed", "1"]  # full, at the rate of from scratch
+    assert asked[1][-7:-2] == ["s", "--optim.lr", "5e-4", "--seed", "1"] and f"{data}/sst3-dev.jsonl" in asked[1]
     assert not any("sst3-test" in word for command in asked if command[0] != "evaluate" for word in command)
     rows = records.load(out / "finetuning.json")
     assert [(row["method"], row["seed"]) for row in rows] == [
