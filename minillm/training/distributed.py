@@ -101,7 +101,7 @@ class Alone:
         return [value]
 
     def total(self, value: float) -> float:
-        """The sum of everybody's."""
+        """The sum of everybody's, of the same type."""
         return value
 
     def slowest(self, seconds: float) -> float:
@@ -111,10 +111,6 @@ class Alone:
     def any(self, flags: Tensor) -> Tensor:
         """bool, whether it is True anywhere."""
         return flags
-
-    def in_turn(self, mine: list[Any]) -> list[Any]:
-        """Everybody's items in the order in which they were dealt out: item i was that of rank i mod size."""
-        return mine
 
     def poll(self, signals: Signals, *, midway: bool = False) -> None:
         """Raises `Stopped` on all ranks if any was asked to end, and lets all save if any was asked to.

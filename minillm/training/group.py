@@ -123,10 +123,6 @@ class Group(Alone):
         dist.all_reduce(bytes_, dist.ReduceOp.MAX, group=self.talk)
         return bytes_.bool()
 
-    def in_turn(self, mine: list[Any]) -> list[Any]:
-        hands = self.gather(mine)
-        return [hand[i] for i in range(max(map(len, hands))) for hand in hands if i < len(hand)]
-
     def poll(self, signals: Signals, *, midway: bool = False) -> None:
         if midway:
             return
@@ -190,7 +186,7 @@ class Group(Alone):
                 checkpoint.save(run, step, **content)
 
     def _save_parts(self, run: Path, step: int, *, weights: dict[str, Tensor], state: Any, **content: Any) -> None:
-        """Each rank its own parts, the lead the rest; what is written is a copy, so training goes on meanwhile."""
+        """Each rank its own parts, the lead the rest; training goes on while they are written."""
         packed, tensors = pack(state)
         divided = {name: x for name, x in tensors.items() if hasattr(x, "device_mesh")}
         rest = {name: x for name, x in tensors.items() if name not in divided}
@@ -201,8 +197,7 @@ class Group(Alone):
             begun = checkpoint.writing(run, step, files=files, packed=packed, besides=room, **content)
             temporary = open_folder.enter_context(begun)
         temporary = self.share(temporary)
-        copies = {name: x.detach().to("cpu", copy=True) for name, x in divided.items()}
-        written = parts.write(temporary / checkpoint.PARTS, copies, self.writing)
+        written = parts.write(temporary / checkpoint.PARTS, divided, self.writing)
         self.saving = self.writers.submit(_finish, open_folder, written)
 
     def settle(self) -> None:

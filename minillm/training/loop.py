@@ -181,7 +181,7 @@ class Loop:
         with watch_units(job.model) as alive:
             result: Evaluation = evaluate(
                 job.model, job.validation(), self.precision, partial(self.team.poll, self.signals),
-                partial(job.call, job.score), job.count, self.team.in_turn,
+                partial(job.call, job.score), job.count, self.team.total,
             )  # fmt: skip
             metrics = {} if job.metrics is None else job.metrics(job.model)
         if progress.step > 0:

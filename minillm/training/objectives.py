@@ -127,24 +127,23 @@ def evaluate(
     poll: Callable[[], None],
     score: Objective = likelihood,
     count: Count = counted,
-    in_turn: Callable[[list], list] = lambda mine: mine,
+    total: Callable[[float], float] = lambda mine: mine,
 ) -> Evaluation:
     """Mean loss over all targets of `batches`, each counted once; `poll` runs between batches and may raise.
 
     Args:
-        in_turn: [(loss, targets)] of this process's batches -> those of all processes, in the order of the text.
+        total: a number of this process -> its sum over all processes, of the same type.
     """
     model.eval()
-    mine: list[tuple[float, int]] = []
+    # Losses in fp32 add up in fp64 without rounding, so that the sum is the same in whatever order and wherever.
+    loss, targets = 0.0, 0
     try:
         for batch in batches:
             with precision():
-                mine.append((score(model, batch).double().item(), count(batch)))
+                loss += score(model, batch).double().item()
+            targets += count(batch)
             poll()
     finally:
         model.train()
-    total, targets = 0.0, 0
-    for loss, counted_here in in_turn(mine):  # one after the other: the same sum on any number of processes
-        total += loss
-        targets += counted_here
-    return Evaluation(total / max(1, targets), targets)
+    loss, targets = total(loss), total(targets)
+    return Evaluation(loss / max(1, targets), targets)

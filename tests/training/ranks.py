@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from minillm.cli import run as command
 from minillm.data.batch import Batch
-from minillm.training import checkpoint, snapshot
+from minillm.training import checkpoint, parts, snapshot
 from minillm.training.distributed import Alone, join, whole
 from minillm.training.job import Job
 from minillm.training.loop import train
@@ -94,10 +97,15 @@ def spread_job(team: Alone, run: Path, **values: Any) -> Job:
     first, count = team.rows(work.settings.train.batch)
     call = team.spread(work.model, work.settings.train)
     torch.manual_seed(team.rank)  # as with dropout, of which each rank draws its own
+
+    def batch(step: int) -> Batch:
+        torch.rand(1)  # as dropout does in every step
+        return rows(step * work.settings.train.batch + first, count)
+
     return replace(
         work,
         plan=replace(work.plan, micro_batch=min(work.plan.micro_batch, count)),
-        batch=lambda step: rows(step * work.settings.train.batch + first, count),
+        batch=batch,
         validation=lambda: [rows(10_000 + 2 * i, 2) for i in range(team.rank, 12, team.size)],
         optimizers=build_optimizers(work.model, work.settings.optim, muon=team.muon),
         team=team,
@@ -112,6 +120,33 @@ def trained(rank: int, run: Path, values: dict[str, Any]) -> Any:
         work = spread_job(team, run, **values)
         train(work, Signals())
         return losses(run)
+
+
+def exchanged(rank: int, run: Path, values: dict[str, Any]) -> list[str]:
+    """Trains; whose gradient of the first weight a rank holds as each pass begins: nobody's, its own, all's."""
+    held: list[str] = []
+    with join() as team:
+        work = spread_job(team, run, **values)
+
+        def call(objective: Any, model: nn.Module, batch: Batch, *, last: bool = True) -> Tensor:
+            if model.training:
+                gradient = next(model.parameters()).grad
+                of_all = team.gather(None if gradient is None else whole(gradient))
+                alike = all(torch.equal(each, of_all[0]) for each in of_all if each is not None)
+                held.append("nobody's" if gradient is None else "all's" if alike else "its own")
+            return work.call(objective, model, batch, last=last)
+
+        train(replace(work, call=call), Signals())
+    return held
+
+
+def overtaken(rank: int, folder: Path) -> None:
+    """Changes a tensor of 1, 1, 1 … as soon as `parts.write` has returned."""
+    with join() as team:
+        x = distribute_tensor(torch.ones(100_000), init_device_mesh("cpu", (team.size,)), [Shard(0)])
+        written = parts.write(folder, {parts.WEIGHTS + "x": x}, team.writing)
+        x.zero_()
+        written.result()
 
 
 def commanded(rank: int, argv: list[str]) -> int:
@@ -164,4 +199,5 @@ DEEDS: dict[str, Callable[[], Any]] = {
     "stalls": lambda: time.sleep(600),
     "raises": _raise,
     "gets SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "gets SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
 }

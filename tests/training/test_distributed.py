@@ -13,11 +13,11 @@ from minillm.config import Settings, UserError, from_dict, merge
 from minillm.data.batch import IGNORED
 from minillm.data.corpus import NextToken
 from minillm.data.loader import validation
-from minillm.training import checkpoint
-from minillm.training.distributed import micro_batch
+from minillm.training import checkpoint, parts
+from minillm.training.distributed import ALONE, micro_batch
 from minillm.training.group import Group
 from minillm.training.muon import SharedMuon
-from tests.training.ranks import Ranks, commanded, resumed, trained
+from tests.training.ranks import Ranks, commanded, exchanged, overtaken, resumed, trained
 from tests.training.running import TINY, events, lines, losses, train
 from tests.training.saving import same
 
@@ -72,7 +72,7 @@ def test_losses_are_those_of_one_process(tmp_path: Path, alone, size: int, optim
     assert_close(found, alone[optimizer])
     assert norms(tmp_path) == pytest.approx(alone["norms of " + optimizer], rel=1e-4)  # Adam would forgive any factor
     if FSDP not in changes and HYBRID not in changes:  # gathered weights may lie otherwise in memory, and round so
-        assert found[0] == alone[optimizer][0], "a validation adds up in the order of the text, whoever scored what"
+        assert found[0] == alone[optimizer][0], "a validation adds up to the same number, whoever scored what"
     folders = [checkpoint.resolve(tmp_path / "checkpoints" / f"step-{step}") for step in (2, 4)]
     assert [(folder / "parts").is_dir() for folder in folders] == [any("parallel" in c["train"] for c in changes)] * 2
     assert (tmp_path / "logs" / "rank-1.log").read_text().count("validation") == 3
@@ -92,8 +92,31 @@ def test_a_checkpoint_of_two_is_read_by_one_and_by_four(tmp_path: Path, alone, c
         assert same(weights, checkpoint.load_weights(folder))
         assert same(moments, [each["state"] for each in state["optimizers"]])
         saved = [each["cpu"] for each in state["random_of_ranks"]]
-        assert same(random[:2], saved[:size]) and not torch.equal(*saved)
+        assert same(random[:2], saved[:size])
+        assert len({tuple(each.tolist()) for each in random}) == size, "no two ranks may drop out the same"
         assert_close(wrote, alone["muon"])
+
+
+@pytest.mark.parametrize("changes, held", [((), "its own"), ((FSDP,), "nobody's")], ids=["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_a_step(tmp_path: Path, changes, held: str) -> None:
+    """Of three passes only the last one's backward talks; what fsdp has until then, it keeps elsewhere."""
+    chosen = values({"steps": 1, "micro": 1, "train": {"batch": 6, "eval_every": 1, "save_every": 1}}, *changes)
+    assert Ranks(2, exchanged, tmp_path, chosen).results()[0] == ["nobody's", held, held]
+
+
+@pytest.mark.parametrize("what", ["gather_dtype", "reduce_dtype"])
+def test_weights_and_gradients_travel_in_the_dtype_that_was_asked_for(tmp_path: Path, alone, what: str) -> None:
+    """Either rounds the gradients a little; what is kept stays fp32."""
+    found = run(tmp_path, 2, FSDP, {"steps": 1, "train": {"eval_every": 1, "save_every": 1, what: "bf16"}})
+    assert found[0][2] == pytest.approx(alone["adamw"][0][2], rel=1e-4)
+    (norm,), exact = norms(tmp_path), alone["norms of adamw"][0]
+    assert norm == pytest.approx(exact, rel=1e-2) and norm != pytest.approx(exact, rel=1e-5)
+    assert {x.dtype for x in checkpoint.load_weights(checkpoint.resolve(tmp_path)).values()} == {torch.float32}
+
+
+def test_training_may_go_on_while_parts_are_written(tmp_path: Path) -> None:
+    Ranks(2, overtaken, tmp_path / "parts").results()
+    assert torch.equal(parts.read(tmp_path / "parts", parts.WEIGHTS)["x"], torch.ones(100_000))
 
 
 def shorten(run: Path, step: int) -> None:
@@ -190,6 +213,14 @@ def test_a_step_reads_the_same_rows_on_any_number_of_ranks() -> None:
         assert [row for first, count in shares for row in range(first, first + count)] == list(range(12))
         assert len({count for _, count in shares}) == 1
     assert (micro_batch(8, 8), micro_batch(8, 4), micro_batch(6, 4), micro_batch(3, 4)) == (8, 4, 2, 1)
+
+
+def test_each_rank_takes_up_its_own_random_state() -> None:
+    """One that was not there when the others saved begins its own; a checkpoint of one process knows one state."""
+    state = {"random": "first", "random_of_ranks": ["first", "second"]}
+    assert [group(rank, 4).random_of(state) for rank in range(4)] == ["first", "second", None, None]
+    assert [group(rank, 2).random_of({"random": "only"}) for rank in range(2)] == ["only", None]
+    assert ALONE.random_of(state) == "first"
 
 
 @pytest.mark.parametrize(

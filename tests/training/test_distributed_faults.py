@@ -57,8 +57,18 @@ def test_sigterm_to_one_stops_all_and_saves_once(tmp_path: Path) -> None:
     assert ranks.codes() == [143, 143]
     assert checkpoint.steps(tmp_path) == [3], "the step in hand is finished by all"
     assert [event["reason"] for event in events(tmp_path, "end")] == ["signal"]
+    (sign,) = re.findall("grep -q '(.*)'", (ROOT / "docs" / "train.slurm").read_text())
+    last_line = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert sign in last_line, "by this the Slurm template knows that the run is to go on"
     *_, again = Ranks(2, resumed, tmp_path, VALUES).results()[0]
     assert again == Ranks(2, trained, tmp_path / "whole", VALUES).results()[0]
+    assert sign not in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_sigusr1_to_one_saves_and_all_go_on(tmp_path: Path) -> None:
+    ranks = Ranks(2, misbehaving, tmp_path, "gets SIGUSR1", VALUES)
+    assert ranks.codes() == [0, 0]
+    assert checkpoint.steps(tmp_path) == [3, 6]
 
 
 def beats(*begun: int, at: int = 0, **of_the_first) -> list[Beat]:
@@ -182,5 +192,6 @@ def test_sigterm_to_torchrun_saves_once(text: Path, tmp_path: Path) -> None:
     wait_for(tmp_path / "run", 5)
     agent.send_signal(signal.SIGTERM)
     _, err = agent.communicate(timeout=120)
+    assert agent.returncode == 1 and "SignalException" in err, "as README says; it is torchrun's"
     assert err.count("saved step") == 1 and len(checkpoint.steps(tmp_path / "run")) == 1
     assert [event["reason"] for event in events(tmp_path / "run", "end")] == ["signal"]
