@@ -27,7 +27,7 @@ class Opened:
     tokenizer: Any
     folder: Path
     config: dict[str, Any]
-    """config.json of the checkpoint; of a folder in Hugging Face's format its task, where it has one."""
+    """config.json of the checkpoint; of a folder in Hugging Face's format what an import of it would say."""
     pooler: dict[str, Tensor] | None = None
     """Weight and bias of BERT's pooler, where the model came with one: a classifier's head begins with it."""
     adapted: Adapted | None = None
@@ -36,6 +36,24 @@ class Opened:
     @property
     def transformer(self) -> Transformer:
         return self.model.transformer if isinstance(self.model, TaskModel) else self.model  # type: ignore[return-value]
+
+    @property
+    def start(self) -> list[int]:
+        """What the decoder of an encoder-decoder begins with. Pretraining and finetuning here begin with the document's
+        token; a model that was only imported begins as its config says."""
+        return self.config.get("imported", {}).get("start") or [self.tokenizer.document_id]
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind what the encoder of an encoder-decoder reads: those of a row of `seq2seq` where it
+        was finetuned for that, those of an imported tokenizer's template, and none in pretraining here."""
+        tokenizer = self.tokenizer
+        if "imported" not in self.config:
+            rows = self.config.get("task", {}).get("name") == "seq2seq"
+            return ([tokenizer.document_id], [tokenizer.end_id]) if rows else ([], [])
+        text, wrapped = tokenizer.encode("a"), tokenizer.wrap("a")
+        at = next((i for i in range(len(wrapped)) if wrapped[i : i + len(text)] == text), 0)
+        return wrapped[:at], wrapped[at + len(text) :]
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Transformer, Any]:
@@ -65,7 +83,8 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu", merge: b
         from minillm.interop import hf
 
         found, tokenizer = hf.load_hf(path)
-        section = {} if found.task is None else {"task": found.task}
+        section: dict[str, Any] = {} if found.task is None else {"task": found.task}
+        section["imported"] = {"start": found.start}
         return Opened(hf.build(found).to(device), tokenizer, Path(path), section, found.pooler)
     folder = checkpoint.resolve(Path(path))
     config, shape, weights = checkpoint.load_config(folder), model_config(folder), checkpoint.load_weights(folder)

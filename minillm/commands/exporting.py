@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from minillm.config import UserError
-from minillm.interop.export import export
+from minillm.interop.export import Beside, export
 from minillm.interop.peft import BASE, export_adapter
 from minillm.loading import Opened, open_model
 from tokenizer.chat import JINJA_TEMPLATE
@@ -43,7 +43,7 @@ def _hf(args: Args) -> None:
             f"{args.model} was finetuned with method={method}, which no model of Transformers' has; "
             "full, freeze, lora and adalora can be exported"
         )
-    _tell(export(opened.model, opened.tokenizer, args.out, **_beside(opened)))
+    _tell(export(opened.model, opened.tokenizer, args.out, beside(opened)))
     print(f"{args.out}: opened with Transformers, and its outputs and token ids are the model's")
 
 
@@ -51,15 +51,20 @@ def _peft(args: Args) -> None:
     opened = open_model(args.model, merge=False)
     if opened.adapted is None:
         raise UserError(f"{args.model} was not finetuned here, so there is no adapter in it; take --format hf")
-    _tell(export_adapter(opened.adapted, opened.tokenizer, args.out, **_beside(opened)))
+    _tell(export_adapter(opened.adapted, opened.tokenizer, args.out, beside(opened)))
     print(f"{args.out}: opened with PEFT on {args.out / BASE}, and its outputs and token ids are the model's")
 
 
-def _beside(opened: Opened) -> dict[str, Any]:
+def beside(opened: Opened) -> Beside:
     """What goes along with the weights."""
     section = opened.config.get("task")
-    task = section if section and section.get("head") is not None else None
-    return {"task": task, "pooler": opened.pooler, "chat_template": template_of(opened.tokenizer)}
+    return Beside(
+        task=section if section and section.get("head") is not None else None,
+        pooler=opened.pooler,
+        chat_template=template_of(opened.tokenizer),
+        start=opened.start,
+        rows=bool(section) and section["name"] == "seq2seq",
+    )
 
 
 def _tell(notes: list[str]) -> None:

@@ -16,7 +16,7 @@ from minillm.inference.generate import generate
 from minillm.inference.reader import room
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import TextStream, stop_and_banned
-from minillm.loading import load
+from minillm.loading import Opened, open_model
 from minillm.model.transformer import Transformer
 from minillm.training.plan import choose_device
 
@@ -68,17 +68,19 @@ def main(argv: list[str]) -> int:
     prompts = [prompt for prompt in _prompts(args) for _ in range(args.num)]
     streams_live = len(prompts) == 1 and not args.json and args.beams == 1 and sys.stdout.isatty()
     device = choose_device(args.device).type
-    model, tokenizer = load(args.model)
+    opened = open_model(args.model)
+    model = opened.transformer
     if model.decoder is None:
         raise UserError(f"{args.model} is an encoder: it cannot generate text; take a decoder or an encoder-decoder")
-    model = _place(model, device, args.dtype)
-    _warn_of_long_prompts(prompts, model, tokenizer)
+    _place(model, device, args.dtype)
+    encoded = [_encode(opened.tokenizer, prompt) for prompt in prompts]
+    _warn_of_long_prompts(encoded, opened)
 
     tokens, start = 0, time.perf_counter()
     rows = max(1, args.batch // args.beams)
     for first in range(0, len(prompts), rows):
-        part = prompts[first : first + rows]
-        texts = _continue(model, tokenizer, part, args, sampling, first, streams_live)
+        part = slice(first, first + rows)
+        texts = _continue(opened, prompts[part], encoded[part], args, sampling, first, streams_live)
         tokens += sum(text.tokens for text in texts)
         for row, text in enumerate(texts, first):
             _print(text, row, args, alone=len(prompts) == 1, shown_already=streams_live)
@@ -117,19 +119,18 @@ class Text:
 
 
 def _continue(
-    model: Transformer,
-    tokenizer: Any,
+    opened: Opened,
     prompts: list[str],
+    encoded: list[list[int]],
     args: Args,
     sampling: Sampling,
     first_row: int,
     streams_live: bool,
 ) -> list[Text]:
+    model, tokenizer = opened.transformer, opened.tokenizer
     reads_source = model.config.shape == "encoder-decoder"
     texts = [Text(prompt, "" if reads_source else prompt, TextStream(tokenizer, args.stop)) for prompt in prompts]
     stops, banned = stop_and_banned(tokenizer, model.config)
-    begin = [tokenizer.document_id]
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
 
     def on_token(row: int, token: int) -> bool:
         text = texts[row]
@@ -141,9 +142,9 @@ def _continue(
 
     if streams_live:
         print(texts[0].shown_prompt, end="", flush=True)
-    read = [begin if reads_source else begin + ids for ids in encoded]
+    read = [opened.start if reads_source else [tokenizer.document_id, *ids] for ids in encoded]
     common: dict[str, Any] = {
-        "sources": [(ids or begin)[: model.config.context] for ids in encoded] if reads_source else None,
+        "sources": [_source(ids, opened) for ids in encoded] if reads_source else None,
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": stops,
         "banned_ids": banned,
@@ -211,10 +212,18 @@ def _prompt_of(line: str, where: str) -> str:
     raise UserError(f'{where} has no text under "prompt", "text" or "source"')
 
 
-def _warn_of_long_prompts(prompts: list[str], model: Transformer, tokenizer: Any) -> None:
+def _source(ids: list[int], opened: Opened) -> list[int]:
+    """What the encoder reads: of a text that is longer than the context the beginning."""
+    before, behind = opened.frame
+    length = opened.transformer.config.context - len(before) - len(behind)
+    return [*before, *ids[:length], *behind] or [opened.tokenizer.document_id]
+
+
+def _warn_of_long_prompts(encoded: list[list[int]], opened: Opened) -> None:
+    model = opened.transformer
     reads_source = model.config.shape == "encoder-decoder"
     context = model.config.context if reads_source else room(model)
-    longest = max(len(_encode(tokenizer, prompt)) for prompt in prompts) + (not reads_source)
+    longest = max(map(len, encoded)) + (sum(map(len, opened.frame)) if reads_source else 1)
     if longest > context:
         part = "beginning" if reads_source else "end"
         print(
@@ -230,7 +239,7 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
         raise UserError(f"the prompt {prompt[:40]!r} cannot be encoded: {error}") from error
 
 
-def _place(model: Transformer, device: str, dtype: str) -> Transformer:
+def _place(model: Transformer, device: str, dtype: str) -> None:
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return model.to(device, DTYPES[dtype])
+    model.to(device, DTYPES[dtype])

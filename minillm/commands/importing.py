@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     found, tokenizer = load_hf(args.folder)
     run = new_run(str(args.out), args.out.name, overwrite=args.overwrite)
     settings = {"format": 1, "settings": {"model": to_dict(found.config)}, "versions": {"minillm": __version__}}
-    settings["imported"] = {"from": str(args.folder), "notes": found.notes}
+    settings["imported"] = {"from": str(args.folder), "notes": found.notes, "start": found.start}
     if found.task is not None:
         settings |= {"task": found.task, "method": asdict(MethodConfig())}
     state = {} if found.pooler is None else {"pooler": found.pooler}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,8 @@ def means_of(tokenizer: Any, config: ModelConfig, method: MethodConfig | None = 
 def opened_means(opened: Opened) -> Means:
     method = opened.config.get("method")
     config = opened.transformer.config
-    return means_of(opened.tokenizer, config, None if method is None else from_dict(MethodConfig, method, "method."))
+    means = means_of(opened.tokenizer, config, None if method is None else from_dict(MethodConfig, method, "method."))
+    return replace(means, start=opened.start)
 
 
 def old_text(opened: Opened, means: Means) -> OldText | None:

@@ -4,7 +4,8 @@
 
 Of all texts that are one token longer than the N best, the N likeliest go on. One that ends among them is scored;
 the search is over when N have ended, or at the greatest length, where what is still going counts too. α above 0
-favours long texts, 0 leaves the probability as it is. N = 1 is greedy generation.
+favours long texts, 0 leaves the probability as it is. N = 1 is greedy generation. The length counts new tokens, the
+one that ends a text among them, and of what an encoder-decoder's decoder begins with all but the first.
 
 As in Transformers with `early_stopping=True`, and in fairseq. B prompts, N beams, V vocabulary.
 """
@@ -21,10 +22,10 @@ from minillm.model.transformer import Transformer
 
 
 class Search:
-    """The beams of one prompt."""
+    """The beams of one prompt, of which `counted` tokens are a part of the text that is scored."""
 
-    def __init__(self, prompt: Sequence[int], beams: int, length_penalty: float):
-        self.prompt, self.beams, self.length_penalty = list(prompt), beams, length_penalty
+    def __init__(self, prompt: Sequence[int], beams: int, length_penalty: float, counted: int = 0):
+        self.prompt, self.beams, self.length_penalty, self.counted = list(prompt), beams, length_penalty, counted
         self.texts = [self.prompt]
         """[N] those that go on, the likeliest first."""
         self.scores = [0.0]
@@ -42,7 +43,7 @@ class Search:
         Returns:
             The beam that each of the new texts comes from.
         """
-        length = len(self.texts[0]) - len(self.prompt) + 1
+        length = self.counted + len(self.texts[0]) - len(self.prompt) + 1
         texts, scores, origins = [], [], []
         for rank, (log_p, beam, token) in enumerate(candidates):
             ends = token in stops
@@ -102,7 +103,7 @@ def beam_search(
     V, device = model.embedding.num_embeddings, model.embedding.weight.device
     stops = {i for i in stop_ids if 0 <= i < V}
     banned = torch.tensor([i for i in set(banned_ids) if 0 <= i < V], dtype=torch.long, device=device)
-    searches = [Search(prompt, beams, length_penalty) for prompt in prompts]
+    searches = [Search(prompt, beams, length_penalty, len(prompt) - 1 if sources else 0) for prompt in prompts]
     alive = searches
     with generating(model):
         reader = Reader(model, sources, max_new_tokens, use_cache)

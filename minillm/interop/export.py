@@ -11,7 +11,7 @@ within 1e-4, ids and texts of a sample equal. Only then does the folder take its
 import copy
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,25 @@ from minillm.interop.verification import open_theirs, quiet, verify, verify_ids,
 from minillm.interop.writing import TITLES, architecture, family_of, has_head, write_config
 from minillm.model.heads import TaskModel
 from minillm.model.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What goes out along with a model's weights."""
+
+    task: Mapping[str, Any] | None = None
+    """Of a `TaskModel` its name, head and info, as config.json of its run has them."""
+    pooler: Mapping[str, Tensor] | None = None
+    """Weight and bias of the one that a Transformer came with; goes along where the export has no head."""
+    chat_template: str | None = None
+    """Jinja2, for `AutoTokenizer.apply_chat_template`."""
+    start: Sequence[int] = ()
+    """Of an encoder-decoder the one or two ids that its decoder begins with. (): the tokenizer's document id."""
+    rows: bool = False
+    """Whether the model was finetuned on rows of `document_id, text, end_id`; with a head it was."""
+
+
+NOTHING = Beside()
 
 
 @dataclass(frozen=True)
@@ -49,42 +68,32 @@ class Content:
     """The task's head, under their names."""
 
 
-def export(
-    model: nn.Module,
-    tokenizer: Any,
-    out: str | Path,
-    *,
-    task: Mapping[str, Any] | None = None,
-    pooler: Mapping[str, Tensor] | None = None,
-    chat_template: str | None = None,
-) -> list[str]:
+def export(model: nn.Module, tokenizer: Any, out: str | Path, beside: Beside = NOTHING) -> list[str]:
     """Writes the folder `out`; returns what a reader should know, a line each.
 
     Args:
         model: a Transformer, or a `TaskModel` around one, with plain layers.
         tokenizer: `tokenizer.Tokenizer` or `HFTokenizer`.
-        task: of a `TaskModel` its name, head and info, as config.json of its run has them.
-        pooler: weight and bias of the one that a Transformer came with; goes along where the export has no head.
-        chat_template: Jinja2, for `AutoTokenizer.apply_chat_template`.
 
     Raises:
         UserError: the model has what no family expresses (by the field's name), or a head that none has; `out` is not
             empty; Transformers is not installed; or what was written does not compute the same: then nothing stays
             behind.
     """
-    content = content_of(model, task, pooler)
+    task, content = beside.task, content_of(model, beside)
+    rows = beside.rows or task is not None
     if task is not None and TASK_HEADS[content.architecture].pool == "last" and tokenizer.pad_id == tokenizer.end_id:
         tokenizer = with_padding(tokenizer)
         content = _with_rows(content, tokenizer.vocab_size)
     _require_transformers()
     plain = copy.deepcopy(model).to("cpu", torch.float32).eval()
     with fresh_folder(out) as folder, quiet():
-        _write_model(folder, content, tokenizer)
-        write_tokenizer(folder, content.config, tokenizer, chat_template, layout=task is not None)
+        _write_model(folder, content, tokenizer, [*beside.start] or [tokenizer.document_id])
+        write_tokenizer(folder, content.config, tokenizer, beside.chat_template, layout=rows)
         verify(open_theirs(folder, content.architecture), plain, task, content.architecture)
-        if task is not None:
+        if rows:
             verify_rows(folder, tokenizer)
-        notes = _notes(content, tokenizer, pooler) + verify_ids(folder, tokenizer)
+        notes = _notes(content, tokenizer, beside.pooler) + verify_ids(folder, tokenizer)
     return notes
 
 
@@ -110,12 +119,12 @@ def fresh_folder(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def content_of(model: nn.Module, task: Mapping[str, Any] | None, pooler: Mapping[str, Tensor] | None) -> Content:
+def content_of(model: nn.Module, beside: Beside = NOTHING) -> Content:
     """What `export` writes of a model. Raises `UserError` for what no family expresses."""
     if isinstance(model, TaskModel):
-        assert task is not None  # of whoever opened the model
-        return _task_model(model, task)
-    return _language_model(model, pooler or {})  # type: ignore[arg-type]
+        assert beside.task is not None  # of whoever opened the model
+        return _task_model(model, beside.task)
+    return _language_model(model, beside.pooler or {})  # type: ignore[arg-type]
 
 
 def _language_model(model: Transformer, pooler: Mapping[str, Tensor]) -> Content:
@@ -187,29 +196,28 @@ def _zeros(name: str, weights: Mapping[str, Tensor], config: ModelConfig, family
     return None if matrix is None else torch.zeros(matrix.shape[0])
 
 
-def _write_model(folder: Path, content: Content, tokenizer: Any) -> None:
+def _write_model(folder: Path, content: Content, tokenizer: Any, start: Sequence[int]) -> None:
     from safetensors.torch import save_file
 
     config = content.config
-    stops = sorted({tokenizer.document_id, tokenizer.end_id})
+    stops = sorted({tokenizer.document_id, tokenizer.end_id} - {*start[1:]})  # a forced token is to end nothing
     ids = {"bos_token_id": tokenizer.document_id, "pad_token_id": tokenizer.pad_id}
     ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     values = write_config(config, content.family, content.architecture, ids) | content.entries
-    generation = {**ids, "suppress_tokens": _banned(config, tokenizer, stops) or None}
+    generation = {**ids, "suppress_tokens": sorted(_banned(config, tokenizer) - {*stops, *start}) or None}
     if config.shape == "encoder-decoder":
-        values["decoder_start_token_id"] = generation["decoder_start_token_id"] = tokenizer.document_id
+        values["decoder_start_token_id"] = generation["decoder_start_token_id"] = start[0]
+        generation["forced_bos_token_id"] = start[1] if len(start) > 1 else None
     write_json(folder / "config.json", values)
     if config.shape != "encoder" and content.lm:
         write_json(folder / "generation_config.json", generation)
     save_file(to_theirs(content), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _banned(config: ModelConfig, tokenizer: Any, stops: Iterable[int]) -> list[int]:
+def _banned(config: ModelConfig, tokenizer: Any) -> set[int]:
     """What a text never holds, as generation here has it: special tokens, and rows that no token has."""
     banned = set(tokenizer.special.values()) | set(range(tokenizer.vocab_size, config.vocab_size or 0))
-    if config.shape == "encoder-decoder":
-        banned -= set(tokenizer.sentinel_ids)
-    return sorted(banned - set(stops))
+    return banned - set(tokenizer.sentinel_ids) if config.shape == "encoder-decoder" else banned
 
 
 def _notes(content: Content, tokenizer: Any, pooler: Mapping[str, Tensor] | None) -> list[str]:

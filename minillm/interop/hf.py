@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig, UserError
+from minillm.finite import require_finite
 from minillm.interop.configs import Fields, read_config
 from minillm.interop.families import FAMILIES, Family, in_head
 from minillm.interop.folder import is_hf, read_json, read_tensors
 from minillm.interop.task_heads import TASK_HEADS, read_task
+from minillm.interop.token_roles import decoder_start
 from minillm.interop.writing import TITLES
 from minillm.model.heads import HeadConfig, TaskModel
 from minillm.model.transformer import Transformer
@@ -44,14 +46,16 @@ class HFModel:
     """Name, head and info of a finetuned model, as config.json of a run of ours has them."""
     head: dict[str, Tensor] | None = None
     """What its `TaskModel` has besides Transformer and pooler."""
+    start: list[int] | None = None
+    """Of an encoder-decoder the one or two ids that its decoder begins with."""
 
 
 def read_hf(folder: str | Path) -> HFModel:
     """A model's settings and tensors.
 
     Raises:
-        UserError: no such folder; an architecture or option that is not supported; a tensor that is missing, surplus
-            or of another shape, by its name. DamagedFile: a file that cannot be read.
+        UserError: no such folder; an architecture or option that is not supported; a tensor that is missing, surplus,
+            of another shape or not finite, by its name. DamagedFile: a file that cannot be read.
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
@@ -62,6 +66,7 @@ def read_hf(folder: str | Path) -> HFModel:
     task = TASK_HEADS.get(architecture or "")
     prefixes = (task.prefix, family.prefix) if task is not None and task.prefix else (family.prefix,)
     tensors = _plain(family, read_tensors(folder), prefixes, folder, fields.notes)
+    require_finite(tensors, str(folder))
     lm = task is None and (family.architectures[architecture] if architecture else any(map(in_head, tensors)))
     tied = fields.flag("tie_word_embeddings", name in ("gpt2", "bert", "bart"))
     section, head = (None, None) if task is None else read_task(task, fields, tensors)
@@ -77,7 +82,8 @@ def read_hf(folder: str | Path) -> HFModel:
         raise UserError(f"{folder}: the head's weight has the shape {shape}, and the states are {config.dim} wide")
     if task is not None and task.pooler and not pooler:
         raise UserError(f"{folder}: the tensor pooler.dense.weight is missing, which {architecture} asks for")
-    return HFModel(config, weights, fields.notes, pooler or None, section, head)
+    start = decoder_start(folder, fields, config.vocab_size or 0) if config.shape == "encoder-decoder" else None
+    return HFModel(config, weights, fields.notes, pooler or None, section, head, start)
 
 
 def load_hf(folder: str | Path) -> tuple[HFModel, Any]:

@@ -3,7 +3,9 @@
     adapter_config.json  adapter_model.safetensors     what LoRA, AdaLoRA, prefix or a soft prompt learned
     base/                                              the model that it goes into, a task's trained head included
 
-PeftModel.from_pretrained(<base>, <folder>) must give the same logits before the folder takes its name.
+PeftModel.from_pretrained(<model of folder/base>, folder) must give the same logits before the folder takes its name.
+The config names its base by the way from the adapter, so that the folder may be moved: PEFT's Auto classes, which count
+from where they run, find it from inside the folder.
 """
 
 import copy
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config import UserError
-from minillm.interop.export import Content, content_of, export, fresh_folder
+from minillm.interop.export import NOTHING, Beside, Content, content_of, export, fresh_folder
 from minillm.interop.families import FAMILIES, SPLIT, TRANSPOSED
 from minillm.interop.verification import open_theirs, quiet, verify
 from minillm.peft import exchange
@@ -38,25 +40,10 @@ def places(content: Content) -> dict[str, Place]:
     return found
 
 
-def export_adapter(
-    adapted: Adapted,
-    tokenizer: Any,
-    out: str | Path,
-    *,
-    task: Mapping[str, Any] | None = None,
-    pooler: Mapping[str, Any] | None = None,
-    chat_template: str | None = None,
-) -> list[str]:
-    """Writes the folder `out`; returns what a reader should know, a line each.
-
-    Args:
-        adapted: a Transformer or `TaskModel` with a method in it.
-        tokenizer, task, pooler, chat_template: as for `export`.
-
-    Raises:
-        UserError: a method that PEFT lacks, the library is not installed, or as `export`; then nothing stays behind.
-    """
-    method, head = adapted.config.method, task is not None
+def export_adapter(adapted: Adapted, tokenizer: Any, out: str | Path, beside: Beside = NOTHING) -> list[str]:
+    """`export` of a model with a method in it. Raises `UserError` too for a method that PEFT lacks, and where the
+    library is not installed; then nothing stays behind."""
+    method, head = adapted.config.method, beside.task is not None
     if not exchange.is_exchangeable(adapted) or (head and method in ("prefix", "prompt")):
         where = " for a task with a head" if head else ""
         raise UserError(
@@ -66,20 +53,19 @@ def export_adapter(
     _require_peft()
     plain = copy.deepcopy(adapted)
     plain.remove()
-    content, out = content_of(plain.model, task, pooler), Path(out)
+    content = content_of(plain.model, beside)
     with fresh_folder(out) as folder:
-        options = {"task": task, "pooler": pooler, "chat_template": chat_template}
-        notes = export(plain.model, tokenizer, folder / BASE, **options)
-        _write(folder, adapted, content, out.resolve() / BASE)
-        _verify(folder, adapted, task, content)
+        notes = export(plain.model, tokenizer, folder / BASE, beside)
+        _write(folder, adapted, content)
+        _verify(folder, adapted, beside.task, content)
     return notes
 
 
-def _write(folder: Path, adapted: Adapted, content: Content, base: Path) -> None:
+def _write(folder: Path, adapted: Adapted, content: Content) -> None:
     from safetensors.torch import save_file
 
     tensors, values = exchange.write(adapted, places(content).__getitem__)
-    values["base_model_name_or_path"] = str(base)
+    values["base_model_name_or_path"] = f"./{BASE}"  # a bare name would be one on the hub
     if content.head:
         values["task_type"] = None  # the head stands in the base; PEFT would train a copy of it
     save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / TENSORS, {"format": "pt"})

@@ -7,6 +7,7 @@ not read, holds the settings, the hash of the model that the method was trained 
 
 import hashlib
 import json
+import os.path
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.config import DamagedFile, UserError, from_dict
+from minillm.finite import require_finite
 from minillm.peft import exchange
 from minillm.peft.config import MethodConfig
 from minillm.peft.inject import Adapted, inject
@@ -31,10 +33,12 @@ def save(adapted: Adapted, folder: str | Path, *, rename: Rename = Place, base_m
 
     Args:
         rename: names of the model that PEFT is to open it on; the same one is needed to load it. None given: our own.
-        base_model: what adapter_config.json names as the model that it belongs to.
+        base_model: what adapter_config.json names as the model that it belongs to; of a folder the way to it from
+            `folder`, so that both can be moved together.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    base_model = _seen_from(folder, base_model)
     if exchange.is_exchangeable(adapted):
         tensors, values = exchange.write(adapted, rename)
         values["base_model_name_or_path"] = base_model
@@ -57,7 +61,8 @@ def load(model: nn.Module, folder: str | Path, *, rename: Rename = Place) -> Ada
     """Puts what `save`, or PEFT, wrote into `model`, a plain one, and leaves it ready to train on or to predict.
 
     Raises:
-        UserError: no adapter there; one that was trained on another model; a method or layer that has no counterpart.
+        UserError: no adapter there; one that was trained on another model; a method or layer that has no counterpart;
+            a tensor that is not finite.
         DamagedFile: the files are not what was written.
     """
     folder = Path(folder)
@@ -75,6 +80,7 @@ def load(model: nn.Module, folder: str | Path, *, rename: Rename = Place) -> Ada
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFile(f"{folder / CONFIG} is damaged: {error!r}") from error
+    require_finite(tensors, str(folder / TENSORS))
     native = "minillm_method" in values
     if (
         config.method == "adalora" and values["init_r"] != config.start_rank
@@ -97,6 +103,17 @@ def load(model: nn.Module, folder: str | Path, *, rename: Rename = Place) -> Ada
         adapted.remove()  # the model stays as it was given
         raise
     return adapted
+
+
+def _seen_from(folder: Path, base_model: str) -> str:
+    """A folder's path from `folder` on, where both lie below another one than the root; anything else as it is."""
+    if not base_model or not Path(base_model).is_dir():
+        return base_model
+    base, here = str(Path(base_model).resolve()), str(folder.resolve())
+    if Path(os.path.commonpath([base, here])) == Path(Path(base).anchor):
+        return base_model
+    way = Path(os.path.relpath(base, here)).as_posix()
+    return way if way.startswith("..") else f"./{way}"  # a bare name would be one on the hub
 
 
 def _is_extra(adapted: Adapted, name: str) -> bool:

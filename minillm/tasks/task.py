@@ -45,6 +45,8 @@ class Means:
     """What is predicted of plain text, one of minillm/data/corpus.py."""
     context: int | None = None
     """Tokens of a row, where a method takes some of the model's for itself. None: all of the model's."""
+    start: Sequence[int] = ()
+    """What the decoder of an encoder-decoder begins to write with. (): the tokenizer's document id, as in training."""
 
     @property
     def room(self) -> int:

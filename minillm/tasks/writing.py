@@ -52,7 +52,7 @@ def write(
     rows = max(1, ROWS // beams)
     for first in range(0, len(prompts), rows):
         part = prompts[first : first + rows]
-        read = [[means.tokenizer.document_id]] * len(part) if encoder_decoder else part
+        read = [means.start or [means.tokenizer.document_id]] * len(part) if encoder_decoder else part
         common: dict[str, Any] = {
             "sources": part if encoder_decoder else None,
             "max_new_tokens": max_new_tokens,

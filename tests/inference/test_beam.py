@@ -29,6 +29,7 @@ def likeliest(model: Transformer, prompt: list[int], longest: int, stops: set[in
               **inputs) -> list[int]:  # fmt: skip
     """The definition: every text of up to `longest` new tokens, the stop counted among them."""
     words = sorted(set(range(model.config.vocab_size)) - stops - banned)
+    counted = len(prompt) - 1 if "source" in inputs else 0
     texts = [
         (*begin, stop) for n in range(longest) for begin in itertools.product(words, repeat=n) for stop in stops
     ] + list(itertools.product(words, repeat=longest))
@@ -37,7 +38,7 @@ def likeliest(model: Transformer, prompt: list[int], longest: int, stops: set[in
         logits = model(torch.tensor([[*prompt, *text]]), **inputs)[0, len(prompt) - 1 : -1]  # [T, V]
         logits[:, sorted(banned)] = float("-inf")
         log_p = logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum().item()
-        scores.append(log_p / len(text) ** alpha)
+        scores.append(log_p / (len(text) + counted) ** alpha)
     best = texts[max(range(len(texts)), key=scores.__getitem__)]
     return [token for token in best if token not in stops]
 

@@ -10,7 +10,10 @@ import tokenizer as tokenizers
 from minillm.commands import generate as command
 from minillm.config import ModelConfig, UserError
 from minillm.inference.beam import beam_search
+from minillm.inference.generate import generate
+from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
+from minillm.loading import Opened
 from minillm.model.transformer import Transformer
 from minillm.peft.config import MethodConfig
 from minillm.peft.inject import inject
@@ -20,16 +23,16 @@ TEXT = "the quick brown fox jumps over the lazy dog, 0123456789.\n" * 3
 
 @pytest.fixture(autouse=True)
 def loaded(monkeypatch: pytest.MonkeyPatch):
-    """A tiny model with random weights in the place of MODEL; `shape` can be changed by the test."""
+    """A tiny model with random weights in the place of MODEL; shape and config.json can be changed by the test."""
     tokenizer = tokenizers.train([TEXT], type="char", vocab_size=64)
 
-    def make(shape: str = "decoder") -> Transformer:
+    def make(shape: str = "decoder", config_json: dict | None = None) -> Transformer:
         torch.manual_seed(0)
         config = ModelConfig(
             shape=shape, layers=2, heads=2, dim=32, context=32, vocab_size=tokenizer.vocab_size, init_std=0.3
         )
         model = Transformer(config)
-        monkeypatch.setattr(command, "load", lambda path: (model, tokenizer))
+        monkeypatch.setattr(command, "open_model", lambda path: Opened(model, tokenizer, Path(path), config_json or {}))
         return model
 
     make()
@@ -79,7 +82,7 @@ def test_a_stop_string_ends_the_text_before_it(capsys) -> None:
 @pytest.mark.parametrize("shape", ["decoder", "encoder-decoder"])
 def test_a_beam_search_is_the_librarys(capsys, loaded, shape: str) -> None:
     model = loaded(shape)
-    _, tokenizer = command.load("")
+    tokenizer = command.open_model("").tokenizer
     stops, banned = stop_and_banned(tokenizer, model.config)
     read = [[tokenizer.document_id, *tokenizer.encode(text)] for text in ("the", "lazy dog")]
     options = {"sources": None if shape == "decoder" else [ids[1:] for ids in read]}
@@ -127,6 +130,22 @@ def test_an_encoder_decoder_reads_the_prompt_as_its_source(capsys, loaded) -> No
     )
     assert one != other
     assert not one.startswith("the quick"), "its text is an answer, no continuation"
+
+
+def test_what_was_finetuned_on_rows_reads_rows(capsys, loaded) -> None:
+    """Of `seq2seq` the source stands between the tokens of its rows; a longer one is cut inside them."""
+    model = loaded("encoder-decoder", {"task": {"name": "seq2seq"}})
+    tokenizer = command.open_model("").tokenizer
+    begin, end = tokenizer.document_id, tokenizer.end_id
+    stops, banned = stop_and_banned(tokenizer, model.config)
+    for text, ids in (("the quick", tokenizer.encode("the quick")), ("fox " * 9, tokenizer.encode("fox " * 9)[:30])):
+        (wanted,) = generate(
+            model, [[begin]], sources=[[begin, *ids, end]], max_new_tokens=9, sampling=Sampling(temperature=0.0),
+            stop_ids=stops, banned_ids=banned,
+        )  # fmt: skip
+        out, err = run(capsys, "--prompt", text, "--max-new-tokens", "9", "--temperature", "0")
+        assert out == tokenizer.decode(wanted) + "\n"
+        assert ("a prompt has 38 tokens, the model's context 32" in err) == (len(ids) == 30)
 
 
 def test_a_prompt_beyond_the_context_is_announced(capsys, loaded) -> None:

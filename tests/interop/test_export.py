@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm.config import UserError
-from minillm.interop.export import export
+from minillm.interop.export import Beside, export
 from minillm.interop.hf import build, load_hf, read_hf
 from tests.interop.ours import SHAPES, TEXT, VARIANTS, model_of, name_of, tokenizer_of
 from tests.interop.theirs import output
@@ -78,7 +78,7 @@ def test_the_tokenizer_agrees(type, tmp_path):
     import transformers
 
     ours = tokenizer_of(type)
-    notes = export(model_of("llama", ours.vocab_size), ours, tmp_path / "out", chat_template=JINJA_TEMPLATE)
+    notes = export(model_of("llama", ours.vocab_size), ours, tmp_path / "out", Beside(chat_template=JINJA_TEMPLATE))
     assert ("unigram" in notes[-1]) == (type == "unigram") and "<|end|>" in notes[0]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = [*TEXT, *(text[::-1] for text in TEXT)]

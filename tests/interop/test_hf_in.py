@@ -14,6 +14,7 @@ from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling
 from minillm.interop.hf import build, is_hf, read_hf
 from minillm.model.transformer import Transformer
+from tests.finetuning import minillm
 from tests.interop.theirs import LLAMA3, VARIANTS, V, make, name_of, output, save
 
 TOLERANCE = 1e-4
@@ -216,6 +217,34 @@ def test_tensors_of_a_hostile_or_broken_folder(tmp_path):
     with pytest.raises(DamagedFile, match=r"config\.json is damaged"):
         read_hf(folder)
     assert not is_hf(folder) and not is_hf(folder / "nothing")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_that_is_not_finite_is_refused_by_name(value, tmp_path, capsys):
+    for family, architecture, name in (
+        ("gpt2", "GPT2LMHeadModel", "transformer.h.1.mlp.c_fc.weight"),
+        ("bert", "BertForSequenceClassification", "classifier.bias"),
+        ("bert", "BertModel", "pooler.dense.weight"),
+    ):
+        folder = save(make(family, architecture), tmp_path / architecture)
+        tensors = tensors_of(folder)
+        tensors[name].view(-1)[1] = value
+        rewrite(folder, tensors)
+        done = minillm(capsys, "import", folder, "--out", tmp_path / "run")
+        said = f"{folder}: {name.removeprefix('transformer.')} holds NaN or infinity in 1 of {tensors[name].numel():,}"
+        assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_beyond_fp32_is_refused(tmp_path):
+    """It would be read as an infinity."""
+    folder = save(make("gpt2", "GPT2LMHeadModel"), tmp_path)
+    tensors = tensors_of(folder)
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].double()
+    tensors["transformer.wte.weight"][2, 3] = 1e300
+    rewrite(folder, tensors)
+    with pytest.raises(UserError, match=r"wte\.weight holds NaN or infinity in 1 of 656 places"):
+        read_hf(folder)
 
 
 def test_shards_that_are_missing_or_lead_out(tmp_path):

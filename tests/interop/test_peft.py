@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minillm.config import UserError
-from minillm.interop.export import content_of
+from minillm.interop.export import Beside, content_of
 from minillm.interop.hf import build, read_hf
 from minillm.interop.peft import export_adapter, places
 from minillm.loading import open_model
@@ -75,10 +75,8 @@ def test_peft_computes_the_same_on_the_exported_base(family: str, method: dict[s
     assert (actual - expected).abs().max() < 1e-4
     assert (without - expected).abs().max() > 0.05  # the adapter is not in the base already
     values = json.loads((out / "adapter_config.json").read_text())
-    assert values["base_model_name_or_path"] == str(out / "base")
-    again = load(
-        build(read_hf(out / "base")), out, rename=places(content_of(plain_of(adapted), None, None)).__getitem__
-    )
+    assert values["base_model_name_or_path"] == "./base"
+    again = load(build(read_hf(out / "base")), out, rename=places(content_of(plain_of(adapted))).__getitem__)
     with torch.no_grad():
         back = again.model(ids, **({"source": source} if family == "bart" else {}))
     assert (back - expected).abs().max() < 1e-4
@@ -95,7 +93,7 @@ def test_a_head_goes_out_in_the_base(family: str, task: str, bpe, tmp_path: Path
     model, section = finetuned(family, task, bpe.vocab_size)
     adapted = inject(model, MethodConfig(**LORA), extra=model.added)
     move(model)
-    export_adapter(adapted, bpe, tmp_path / "out", task=section)
+    export_adapter(adapted, bpe, tmp_path / "out", Beside(task=section))
     kind = {"tag": "TokenClassification", "span-qa": "QuestionAnswering"}.get(task, "SequenceClassification")
     plain = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out" / "base")
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
@@ -105,6 +103,18 @@ def test_a_head_goes_out_in_the_base(family: str, task: str, bpe, tmp_path: Path
     actual = torch.stack((out.start_logits, out.end_logits), -1) if task == "span-qa" else out.logits
     assert (actual - expected).abs().max() < 1e-4
     assert isinstance(adapted.model, TaskModel) and adapted.grown  # what was given keeps its method
+
+
+def test_a_folder_that_was_moved_opens_by_its_name_alone(bpe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = adapted_of("llama", LORA, bpe.vocab_size)
+    export_adapter(adapted, bpe, tmp_path / "first" / "out")
+    assert str(tmp_path) not in (tmp_path / "first" / "out" / "adapter_config.json").read_text()
+    (tmp_path / "first").rename(tmp_path / "second")
+    monkeypatch.chdir(tmp_path / "second" / "out")
+    ids = torch.randint(bpe.vocab_size, (2, 9))
+    with torch.no_grad():
+        actual = peft.AutoPeftModelForCausalLM.from_pretrained(".").eval()(input_ids=ids).logits
+        assert (actual - adapted.model(ids)).abs().max() < 1e-4
 
 
 def test_an_adapter_that_differs_leaves_nothing(bpe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +150,7 @@ def test_a_prefix_under_a_head_is_refused(bpe, tmp_path: Path) -> None:
     model, section = finetuned("llama", "classify", bpe.vocab_size)
     adapted = inject(model, MethodConfig(**PREFIX), extra=model.added)
     with pytest.raises(UserError, match="method=prefix for a task with a head has no place"):
-        export_adapter(adapted, bpe, tmp_path / "out", task=section)
+        export_adapter(adapted, bpe, tmp_path / "out", Beside(task=section))
 
 
 def test_the_command_in_both_formats(bpe, tmp_path: Path, capsys) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, processors
 from minillm.commands.exporting import main as export_command
 from minillm.config import UserError
 from minillm.interop import verification
-from minillm.interop.export import export
+from minillm.interop.export import Beside, export
 from minillm.interop.hf import build, load_hf, read_hf
 from minillm.interop.hf_tokenizer import HFTokenizer
 from minillm.loading import open_model
@@ -196,7 +196,7 @@ def test_ours_opens_there_and_comes_back(family: str, task: str, tmp_path: Path)
     tokenizer = byte_level() if family == "gpt2" else tokenizer_of("bpe")  # GPT-2's pads with what ends a text
     model, section = finetuned(family, task, tokenizer.vocab_size)
     model.threshold[0] = 0.25
-    notes = export(model, tokenizer, tmp_path / "out", task=section)
+    notes = export(model, tokenizer, tmp_path / "out", Beside(task=section))
     assert any("minillm.threshold" in note for note in notes)
     kind = {"tag": "TokenClassification", "span-qa": "QuestionAnswering"}.get(task, "SequenceClassification")
     theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out").eval()
@@ -257,7 +257,7 @@ def test_a_head_that_none_of_theirs_computes_is_refused(family, task, pool, said
     tokenizer = tokenizer_of("bpe")
     model, section = finetuned(family, task, tokenizer.vocab_size, pool or ("mean" if family == "bart" else None))
     with pytest.raises(UserError, match=said):
-        export(model, tokenizer, tmp_path / "out", task=section)
+        export(model, tokenizer, tmp_path / "out", Beside(task=section))
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +271,7 @@ def test_a_bias_where_theirs_has_none_and_a_head_that_differs(tmp_path: Path, mo
     old = TaskModel(model.transformer, HeadConfig(outputs=3, pool="last")).eval()  # a run from before
     torch.nn.init.ones_(old.task_head.bias)
     with pytest.raises(UserError, match="LlamaForSequenceClassification has no bias, so the head's bias"):
-        export(old, tokenizer, tmp_path / "out", task={**section, "head": vars(old.head_config)})
+        export(old, tokenizer, tmp_path / "out", Beside(task={**section, "head": vars(old.head_config)}))
     right = module.write_task
 
     def wrong(*arguments):
@@ -280,11 +280,11 @@ def test_a_bias_where_theirs_has_none_and_a_head_that_differs(tmp_path: Path, mo
 
     monkeypatch.setattr(module, "write_task", wrong)
     with pytest.raises(UserError, match="the exported LlamaForSequenceClassification differs by"):
-        export(model, tokenizer, tmp_path / "out", task=section)
+        export(model, tokenizer, tmp_path / "out", Beside(task=section))
     monkeypatch.setattr(module, "write_task", right)
     monkeypatch.setattr(tokenizer_files, "_put_layout", lambda *_: None)
     with pytest.raises(UserError, match="the exported tokenizer builds other rows than the model was finetuned on"):
-        export(model, tokenizer, tmp_path / "out", task=section)
+        export(model, tokenizer, tmp_path / "out", Beside(task=section))
     assert not list(tmp_path.iterdir())
 
 

@@ -75,7 +75,7 @@ def open_ours(folder: Path) -> Transformer:
 
 def places(folder: Path) -> dict[str, Place]:
     """Where each of our layers stands in the model of the folder."""
-    return interop.places(content_of(open_ours(folder), None, None))
+    return interop.places(content_of(open_ours(folder)))
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:

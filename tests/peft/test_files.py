@@ -1,6 +1,7 @@
 """What moved, written and read back: the same logits bit for bit, nothing else in the files, nothing wrong taken."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,39 @@ def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
             load(base(), tmp_path)
         (tmp_path / name).write_bytes(whole)
     load(base(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
+def test_an_adapter_that_is_not_finite_is_refused_by_name(method: str, tmp_path: Path) -> None:
+    adapted = trained(method)
+    name, parameter = next((n, p) for n, p in adapted.model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[3] = float("nan")
+    save(adapted, tmp_path)
+    model = base()
+    kinds = [type(module) for module in model.modules()]
+    last = "prompt_embeddings" if method == "prefix" else name.rpartition("blocks.")[2]
+    with pytest.raises(UserError, match=rf"{TENSORS}: \S*{re.escape(last)}\S* holds NaN or infinity in 1 of") as caught:
+        load(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [type(module) for module in model.modules()] == kinds  # nothing was left in it
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "way"),
+    [("run/adapter", "base/step-1", "../../base/step-1"), ("run", "run/base", "./base"), ("run/a", "run", "..")],
+)
+def test_a_base_beside_it_is_named_by_the_way_there(
+    adapter: str, model: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / model).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for named in (model, str(tmp_path / model)):
+        save(trained("lora"), adapter, base_model=named)
+        assert json.loads((tmp_path / adapter / CONFIG).read_text())["base_model_name_or_path"] == way
+    monkeypatch.setattr("os.path.commonpath", lambda _: "/")  # as if nothing but the root were common
+    save(trained("lora"), adapter, base_model=str(tmp_path / model))
+    assert json.loads((tmp_path / adapter / CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / model)
 
 
 def test_a_folder_without_an_adapter_says_so(tmp_path: Path) -> None:
