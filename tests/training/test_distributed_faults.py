@@ -19,6 +19,7 @@ from tests.training.ranks import Ranks, misbehaving, resumed, trained
 from tests.training.running import ROOT, TINY, events, losses, metrics, train
 
 VALUES = {"steps": 6, "train": {"batch": 6}}
+SIGN = '"reason": "signal"'
 IMPATIENT = {"steps": 6, "train": {"batch": 6, "stall_seconds": 4.0}}
 
 
@@ -57,12 +58,33 @@ def test_sigterm_to_one_stops_all_and_saves_once(tmp_path: Path) -> None:
     assert ranks.codes() == [143, 143]
     assert checkpoint.steps(tmp_path) == [3], "the step in hand is finished by all"
     assert [event["reason"] for event in events(tmp_path, "end")] == ["signal"]
-    (sign,) = re.findall("grep -q '(.*)'", (ROOT / "docs" / "train.slurm").read_text())
-    last_line = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
-    assert sign in last_line, "by this the Slurm template knows that the run is to go on"
+    assert SIGN in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], "docs/train.slurm looks for it there"
     *_, again = Ranks(2, resumed, tmp_path, VALUES).results()[0]
     assert again == Ranks(2, trained, tmp_path / "whole", VALUES).results()[0]
-    assert sign not in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert SIGN not in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("code, end, again", [(1, f"{{{SIGN}}}", True), (1, "{}", False), (0, "{}", False)])
+def test_a_slurm_job_queues_itself_again_after_a_signal_alone(tmp_path: Path, code: int, end: str, again: bool) -> None:
+    """The template with commands of Slurm's names that write down how they were called: no cluster is here."""
+    run = tmp_path / "runs" / "big"
+    run.mkdir(parents=True)
+    for name, body in {
+        "srun": f"echo \"$@\" >> calls; echo '{end}' >> {run}/metrics.jsonl; exit {code}",
+        "scontrol": "if [ $1 = show ]; then echo host0; else echo $@ >> calls; fi",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    variables = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for begun in (False, True):
+        job = subprocess.run(["bash", ROOT / "docs" / "train.slurm"], cwd=tmp_path, env=variables)
+        first, *rest = (tmp_path / "calls").read_text().splitlines()
+        assert ("--resume runs/big" in first) == begun and ("--out runs/big --preset gpt2" in first) != begun
+        assert "--nnodes 2 --node-rank $SLURM_NODEID --nproc-per-node 8" in first and "--master-addr host0" in first
+        assert rest == (["requeue 7"] if again else []) and job.returncode == (0 if again else code)
+        (tmp_path / "calls").unlink()
+        (run / "config.json").write_text("{}")
 
 
 def test_sigusr1_to_one_saves_and_all_go_on(tmp_path: Path) -> None:
