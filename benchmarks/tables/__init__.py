@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables.quality import finetuning, forgetting, ladder, learning, tasks, training, unbalanced
+from benchmarks.tables.quality import finetuning, forgetting, ladder, learning, tasks, training, unbalanced, width
 from benchmarks.tables.speed import codegen, generation, kernels, tokenizer
 
 BLOCK = re.compile(
@@ -27,6 +27,7 @@ MARKER = re.compile(r"^[ \t]*<!-- (?:table:.*|/table) -->", re.M)
 TABLES: dict[str, Callable[[Path], str]] = {
     "learning": learning,
     "ladder": ladder,
+    "width": width,
     "codegen": codegen,
     "kernels": kernels,
     "generation": generation,

@@ -49,8 +49,12 @@ def learning(results: Path) -> str:
     body = [[line["goal"], line["ours"], "met" if line["met"] else "**not met**"] for line in lines]
     peer = next((row for row in rows if row["kernel"] == PEER), None)
     peers = f"nanoGPT: {peer['loss']:.4f} nats in {peer['wall']:.1f} s. " if peer else ""
-    load = max(row["load"] for row in rows if row["kernel"] != "ladder")
-    note = f"{peers}Wall time of whole processes. {rows[-1]['device']}, load up to {load}. {versions(rows)}"
+    clocked = [row for row in rows if row["kernel"] in (PEER, "goal")]
+    load = max(row["load"] for row in clocked)
+    plain = next((row for row in clocked if row["shape"].get("goal") == "plain"), None)
+    if plain is not None:
+        peers += f"The five-minute run without n-gram dropout: {plain['loss']:.4f} nats. "
+    note = f"{peers}Wall time of whole processes. {clocked[-1]['device']}, load up to {load}. {versions(clocked)}"
     return markdown(["goal", "ours", ""], body, note)
 
 
@@ -74,6 +78,28 @@ def ladder(results: Path) -> str:
     seeds, tokens = len({row["shape"]["seed"] for row in rows}), rows[0]["tokens"]
     note = f"{tokens:,} tokens, {seeds} run{'s' if seeds > 1 else ''} of each. {rows[-1]['device']}. {versions(rows)}"
     return markdown(header, body, note)
+
+
+def width(results: Path) -> str:
+    """A line for each width: bits per byte at each learning rate, the best in bold, by both rules."""
+    rows = [row for row in records.load(results / "learning.json") if row["kernel"] == "width" and not row["quick"]]
+    if not rows:
+        return missing("python -m benchmarks learning --part width --text FILE")
+    rates = sorted({row["shape"]["lr"] for row in rows})
+    body = []
+    for transfer, dim in sorted({(row["shape"]["transfer"], row["shape"]["dim"]) for row in rows}):
+        found = {
+            row["shape"]["lr"]: row["bits_per_byte"]
+            for row in rows
+            if (row["shape"]["transfer"], row["shape"]["dim"]) == (transfer, dim)
+        }
+        best = min(found.values())
+        cells = [f"**{found[lr]:.3f}**" if found[lr] == best else f"{found[lr]:.3f}" for lr in rates]
+        body.append(["rates by width" if transfer else "one rate", f"{dim}", *cells])
+    note = (
+        f"Bits per byte after {rows[0]['tokens']:,} tokens of tiny Shakespeare, AdamW for all weights, one run each. "
+    )
+    return markdown(["", "width", *(f"{lr:g}" for lr in rates)], body, f"{note}{rows[-1]['device']}. {versions(rows)}")
 
 
 def finetuning(results: Path) -> str:

@@ -111,6 +111,9 @@ def width(dim, lr, transfer, bits):
 def test_the_widths_are_drawn_with_a_line_each(tmp_path):
     rows = [width(d, lr, t, 3.0 + lr * d) for d in (64, 128) for lr in (0.001, 0.002) for t in (False, True)]
     assert draw_widths(rows, tmp_path / "width.png").stat().st_size > 5_000
+    records.save(tmp_path / "learning.json", [row | {"tokens": 2048} for row in rows])
+    table = tables.width(tmp_path)
+    assert "| one rate | 64 | **3.064** | 3.128 |" in table and "| rates by width | 128 | **3.128** | 3.256 |" in table
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
@@ -154,7 +157,9 @@ def test_a_run_is_read_as_the_loop_wrote_it(tmp_path):
     wall = learning.train([*argv, *tiny], tmp_path / "run")
     row = learning.result(tmp_path / "run", wall)
     assert [point["step"] for point in row["curve"]] == [0, 1, 2] and row["tokens"] == 2 * 16
-    assert row["wall"] == wall > row["curve"][-1]["seconds"] and 0 < row["validation_share"] < 1
+    one = json.loads((tmp_path / "run" / "config.json").read_text())["plan"]["seconds_per_validation"]
+    assert row["wall"] == wall > row["curve"][-1]["seconds"]
+    assert row["validation_share"] == pytest.approx(3 * one / row["curve"][-1]["seconds"]) and one > 0
     assert row["loss"] == row["curve"][-1]["loss"] and row["compile"] is False
 
 
