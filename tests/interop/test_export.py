@@ -114,6 +114,9 @@ def test_transformers_generates_the_same(bpe, tmp_path):
         theirs = open_model(tmp_path / family, family)
         prompt = [bpe.document_id, *bpe.encode("def width(self")]
         stops, banned = stop_and_banned(bpe, model.config)
+        said = json.loads((tmp_path / family / "generation_config.json").read_text())
+        assert said["suppress_tokens"] == sorted(banned) and said["eos_token_id"] == sorted(stops)
+        assert banned.isdisjoint(bpe.sentinel_ids) == (family == "bart") and bpe.sentinel_ids
         source = [prompt[1:]] if family == "bart" else None
         mine = [bpe.document_id] if family == "bart" else prompt
         options = dict(max_new_tokens=24, sampling=Sampling(temperature=0), stop_ids=stops, banned_ids=banned)
