@@ -29,7 +29,8 @@ from minillm.tasks.division import divide
 
 FILE, DATA, FOLDS = "unbalanced.json", "stdlib-unbalanced", 3
 PRETRAIN = ["--preset", "mlm-tiny"]
-TUNE = ["--task", "classify", "--data", DATA, "--epochs", "3", "--train.eval-every", "40"]
+TUNE = ["--task", "classify", "--data", DATA, "--epochs", "3", "--train.eval-every", "40", "--train.patience", "7"]
+"""To the end of three epochs: the eight rare examples of validation choose the best step, but do not stop a run."""
 WAYS = {"alike": ["--class-weights", "off"], "weighted": ["--class-weights", "on"], "balanced": ["--balance"]}
 
 

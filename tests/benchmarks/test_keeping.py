@@ -21,7 +21,7 @@ def test_every_fold_in_every_way_and_none_twice(
     argv = ["unbalanced", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert main(argv) == 0
     assert commands.asked[0][:-2] == ["train", *unbalanced.PRETRAIN] and len(commands.asked) == 10
-    ends = [command[command.index("--train.eval-every") + 2 : -2] for command in commands.asked[1:]]
+    ends = [command[command.index("--train.patience") + 2 : -2] for command in commands.asked[1:]]
     assert ends[0] == ["--class-weights", "off", "--seed", "1", "--fold", "1/3"]
     assert ends[5] == ["--balance", "--seed", "1", "--fold", "2/3"]
     assert main([*argv, "--seeds", "2"]) == 0 and len(commands.asked) == 10 + 1 + 9
