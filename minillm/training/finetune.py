@@ -6,7 +6,7 @@ model -> head -> method        examples -> data -> batches        settings -> op
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm import ops
-from minillm.config import DamagedFile, Settings, UserError
+from minillm.config import Settings, UserError
 from minillm.data.batch import Batch
 from minillm.data.sampling import balanced, shuffled
 from minillm.data.tasks import TaskData, check_rows
@@ -31,7 +31,7 @@ from minillm.training.keeping import OldText, l2_to_start, with_replay
 from minillm.training.loop import train
 from minillm.training.objectives import Objective, evaluate
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan, autocast, choose_device, cores, make_plan
+from minillm.training.plan import Plan, autocast, choose_device, cores, known_plan, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
 
@@ -201,12 +201,8 @@ def _batches(work: Finetuning, data: TaskData) -> Callable[[int], Batch]:
 
 def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validation_rows: int, signals) -> Plan:
     """The plan that config.json holds, or a new one, written there before anything else happens."""
-    known, settings = work.config.get("plan"), work.settings
-    if known is not None:
-        try:
-            plan = Plan(**{field.name: known[field.name] for field in fields(Plan)})
-        except (KeyError, TypeError):
-            raise DamagedFile(f"{work.run / 'config.json'} is damaged: its plan is not complete") from None
+    plan, settings = known_plan(work.config, work.run), work.settings
+    if plan is not None:
         plan = replace(plan, steps=settings.steps or plan.steps, device=device.type)
     else:
         first = batch(0)

@@ -11,14 +11,16 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from minillm import ops
-from minillm.config import Settings, UserError
+from minillm.config import DamagedFile, Settings, UserError
 from minillm.data.batch import Batch
 from minillm.training.distributed import ALONE, Alone
 from minillm.training.objectives import Objective
@@ -54,6 +56,15 @@ class Plan:
         """What the run will take: steps and validations."""
         validations = 1 + math.ceil(self.steps / self.eval_every)
         return self.steps * self.seconds_per_step + validations * self.seconds_per_validation
+
+
+def known_plan(config: dict[str, Any], run: Path) -> Plan | None:
+    """The plan that the config.json of a begun run holds. Raises `DamagedFile` where it is not complete."""
+    known = config.get("plan")
+    try:
+        return None if known is None else Plan(**{field.name: known[field.name] for field in fields(Plan)})
+    except (KeyError, TypeError):
+        raise DamagedFile(f"{run / 'config.json'} is damaged: its plan is not complete") from None
 
 
 def choose_device(name: str) -> torch.device:

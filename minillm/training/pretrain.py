@@ -6,7 +6,7 @@ shards -> loader -> batches        settings -> model, optimizers -> plan -> loop
 import math
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from minillm import ops
-from minillm.config import DamagedFile, Settings, UserError, to_dict
+from minillm.config import Settings, UserError, to_dict
 from minillm.data.batch import Batch
 from minillm.data.loader import Loader, validation
 from minillm.data.shards import Shards
@@ -28,7 +28,7 @@ from minillm.training.job import Job, Outcome
 from minillm.training.loop import train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, cores, make_plan
+from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, cores, known_plan, make_plan
 from minillm.training.profile import Profile
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
@@ -159,14 +159,9 @@ def _micro_batch(work: Pretraining, model: Transformer, device: torch.device, ob
 
 def _plan(work: Pretraining, model: Transformer, device, batch, objective, micro: int, signals: Signals) -> Plan:
     """The plan that config.json holds, or a new one, written there before anything else happens."""
-    known = work.config.get("plan")
-    if known is not None:
-        try:
-            known = {field.name: known[field.name] for field in fields(Plan)}
-        except (KeyError, TypeError):
-            raise DamagedFile(f"{work.run / 'config.json'} is damaged: its plan is not complete") from None
-        now = {"steps": work.settings.steps or known["steps"], "device": device.type, "micro_batch": micro}
-        plan = Plan(**{**known, **now})
+    plan = known_plan(work.config, work.run)
+    if plan is not None:
+        plan = replace(plan, steps=work.settings.steps or plan.steps, device=device.type, micro_batch=micro)
     else:
         rows = -(-len(work.shards.val) // work.settings.model.context)
         plan = make_plan(

@@ -1,8 +1,11 @@
-"""How a run's minutes are shared out."""
+"""How a run's minutes are shared out, and how a plan is read back."""
+
+from dataclasses import asdict
 
 import pytest
 
-from minillm.training.plan import CHOOSING, VALIDATING, _steps_that_fit
+from minillm.config import DamagedFile
+from minillm.training.plan import CHOOSING, VALIDATING, Plan, _steps_that_fit, known_plan
 
 
 @pytest.mark.parametrize(
@@ -17,3 +20,15 @@ def test_validations_take_their_share_of_the_minutes(share: float, eval_every: i
     steps, every = _steps_that_fit(100.0, 1.0, 2.0, share, eval_every)
     assert (steps, every) == expected
     assert steps * 1.0 + (1 + -(-steps // every)) * 2.0 <= 100.0
+
+
+def test_a_begun_runs_plan_is_read_back_whole_or_not_at_all(tmp_path):
+    plan = Plan(
+        device="cpu", dtype="fp32", kernels="torch", compile=False, threads=1, micro_batch=2, steps=7, eval_every=3,
+        save_every=3, log_every=1, seconds_per_step=0.5, seconds_per_validation=0.25,
+    )  # fmt: skip
+    kept = {**asdict(plan), "parameters": 5}
+    assert known_plan({"plan": kept}, tmp_path) == plan and known_plan({}, tmp_path) is None
+    del kept["steps"]
+    with pytest.raises(DamagedFile, match=r"config.json is damaged: its plan is not complete"):
+        known_plan({"plan": kept}, tmp_path)
