@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     added = command(learning, "loss against tokens, seconds and FLOPs", quick="a few steps of each", work=True)
     added.add_argument("--text", type=Path, metavar="FILE", help="tiny Shakespeare (default: nanoGPT's input.txt)")
     added.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT to train beside ours")
-    parts = "peer, short, equal, long, default, plain, ladder, width"
+    parts = "peer, short, equal, long, default, plain, ladder, without, width"
     added.add_argument("--part", action="append", metavar="P", help=f"may be repeated (default: {parts})")
     added.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each rung of the ladder (2)")
     added = command(finetuning, "methods of finetuning", quick="two steps of each", work=True)

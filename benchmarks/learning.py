@@ -2,6 +2,7 @@
 
 ladder   one small model on tiny Shakespeare by characters and on the standard library's source, each lever added in
          turn, equal steps and tokens, several seeds: validation bits per byte against tokens, seconds and FLOPs
+without  the whole recipe of the ladder less one lever at a time: what each is worth to the others
 width    the same model narrow and wide, at several learning rates, with and without `optim.transfer`: where the best is
 plain    the five-minute run without its dropout of n-grams, which nothing shorter has a use for
 goals    an unmodified nanoGPT (`--nanogpt`) with its README's settings for a CPU, and the recipe in a sixth of its wall
@@ -33,7 +34,7 @@ from benchmarks.nanogpt import PEER, train_nanogpt
 from benchmarks.plots import draw_ladder, draw_widths
 from benchmarks.records import ROOT, Row
 
-PARTS = ("peer", "short", "equal", "long", "default", "plain", "ladder", "width")
+PARTS = ("peer", "short", "equal", "long", "default", "plain", "ladder", "without", "width")
 SIZE = [
     "--model.layers", "3", "--model.heads", "2", "--model.dim", "128", "--model.context", "128", "--train.batch", "16",
     "--train.micro-batch", "16", "--train.sample-tokens", "1", "--data.no-separate",
@@ -100,6 +101,9 @@ def run(
         if part == "ladder":
             for case, argv in ladder(text, work, seeds, quick=quick):
                 measure(path, case, argv, work / "run", quick=quick)
+        elif part == "without":
+            for case, argv in without(text, work, quick=quick):
+                measure(path, case, argv, work / "run", quick=quick)
         elif part == "width":
             for case, argv in widths(text, work, quick=quick):
                 measure(path, case, argv, work / "run", quick=quick)
@@ -121,16 +125,32 @@ def run(
 
 def ladder(text: Path, work: Path, seeds: int, *, quick: bool) -> Iterator[tuple[Row, list[str]]]:
     """(case, options) of every rung, corpus by corpus; the corpora are tokenized once."""
-    steps = 4 if quick else STEPS
     for corpus in CORPORA:
-        data = prepared(corpus, text, work)
         for seed in range(1, seeds + 1):
-            options = [*SIZE, "--data", str(data), "--steps", str(steps), "--seed", str(seed)]
-            options += ["--train.eval-every", str(max(1, steps // 5))]
+            options = small(corpus, text, work, seed, quick=quick)
             for rung, (name, added) in enumerate(RUNGS):
                 options += added
                 shape = {"corpus": corpus, "rung": rung, "seed": seed}
                 yield {"kernel": "ladder", "shape": shape, "name": name}, list(options)
+
+
+def without(text: Path, work: Path, *, quick: bool) -> Iterator[tuple[Row, list[str]]]:
+    """(case, options) of the whole recipe less each lever, corpus by corpus, with seed 1."""
+    for corpus in CORPORA:
+        for rung, (name, _) in [*enumerate(RUNGS)][1:]:
+            levers = [word for other, (_, added) in enumerate(RUNGS) if other != rung for word in added]
+            shape = {"corpus": corpus, "rung": rung}
+            yield (
+                {"kernel": "without", "shape": shape, "name": name},
+                small(corpus, text, work, 1, quick=quick) + levers,
+            )
+
+
+def small(corpus: str, text: Path, work: Path, seed: int, *, quick: bool) -> list[str]:
+    """The options that all runs of a ladder share."""
+    steps = 4 if quick else STEPS
+    shared = ["--data", str(prepared(corpus, text, work)), "--steps", str(steps), "--seed", str(seed)]
+    return [*SIZE, *shared, "--train.eval-every", str(max(1, steps // 5))]
 
 
 def widths(text: Path, work: Path, *, quick: bool) -> Iterator[tuple[Row, list[str]]]:

@@ -59,12 +59,17 @@ def learning(results: Path) -> str:
 
 
 def ladder(results: Path) -> str:
-    """A line for each lever, added to those above: bits per byte on each corpus, and what it gained."""
-    rows = [row for row in records.load(results / "learning.json") if row["kernel"] == "ladder" and not row["quick"]]
+    """A line for each lever, added to those above: bits per byte on each corpus, and what it gained.
+
+    Beside it what the whole recipe loses where that lever alone is left out, with seed 1 as both were measured.
+    """
+    measured = [row for row in records.load(results / "learning.json") if not row["quick"]]
+    rows = [row for row in measured if row["kernel"] == "ladder"]
     if not rows:
         return missing("python -m benchmarks learning --part ladder --text FILE")
     corpora = list(dict.fromkeys(row["shape"]["corpus"] for row in rows))
     body, before = [], dict.fromkeys(corpora, float("nan"))
+    last = max((row["shape"]["rung"] for row in rows), default=0)
     for rung in sorted({row["shape"]["rung"] for row in rows}):
         found = [row for row in rows if row["shape"]["rung"] == rung]
         line = [("+ " if rung else "") + found[0]["name"]]
@@ -72,12 +77,20 @@ def ladder(results: Path) -> str:
             values = [row["bits_per_byte"] for row in found if row["shape"]["corpus"] == corpus]
             mean = statistics.mean(values) if values else float("nan")
             line += [deviation(values) if values else "–", f"{mean - before[corpus]:+.3f}" if rung else ""]
+            line += [_left_out(measured, corpus, rung, last)]
             before[corpus] = mean
         body.append(line)
-    header = ["lever", *(cell for corpus in corpora for cell in (f"{corpus}, bits per byte", "change"))]
+    header = ["lever", *(cell for corpus in corpora for cell in (f"{corpus}, bits per byte", "change", "left out"))]
     seeds, tokens = len({row["shape"]["seed"] for row in rows}), rows[0]["tokens"]
     note = f"{tokens:,} tokens, {seeds} run{'s' if seeds > 1 else ''} of each. {rows[-1]['device']}. {versions(rows)}"
     return markdown(header, body, note)
+
+
+def _left_out(rows: list[Row], corpus: str, rung: int, last: int) -> str:
+    """The whole recipe without the lever of a rung, less the whole; "" where either is not measured."""
+    wanted = ("without", {"corpus": corpus, "rung": rung}), ("ladder", {"corpus": corpus, "rung": last, "seed": 1})
+    found = [[row["bits_per_byte"] for row in rows if (row["kernel"], row["shape"]) == case] for case in wanted]
+    return f"{found[0][0] - found[1][0]:+.3f}" if all(found) else ""
 
 
 def width(results: Path) -> str:

@@ -76,6 +76,18 @@ def test_the_first_rung_has_no_lever_and_each_other_changes_what_it_names(tmp_pa
         assert (before.model, before.optim) != (after.model, after.optim), name
 
 
+def test_what_is_left_out_is_one_lever_of_the_whole(tmp_path):
+    for corpus in learning.CORPORA:
+        (tmp_path / corpus.replace(" ", "-") / "tokenizer").mkdir(parents=True)
+    whole = [argv for _, argv in learning.ladder(tmp_path / "text", tmp_path, 1, quick=False)][len(learning.RUNGS) - 1]
+    cases = list(learning.without(tmp_path / "text", tmp_path, quick=False))
+    assert len(cases) == len(learning.CORPORA) * (len(learning.RUNGS) - 1)
+    for case, argv in cases[: len(learning.RUNGS) - 1]:
+        name, added = learning.RUNGS[case["shape"]["rung"]]
+        assert name == case["name"] and sorted(argv + added) == sorted(whole)
+        assert (_parse(argv).model, _parse(argv).optim) != (_parse(whole).model, _parse(whole).optim)
+
+
 def test_every_width_is_tried_at_every_rate_by_both_rules(tmp_path):
     (tmp_path / "tiny-Shakespeare" / "tokenizer").mkdir(parents=True)
     cases = [_parse(argv) for _, argv in learning.widths(tmp_path / "text", tmp_path, quick=False)]
@@ -165,10 +177,12 @@ def test_a_run_is_read_as_the_loop_wrote_it(tmp_path):
 
 def test_tables_and_figure_come_from_the_rows(tmp_path):
     rows = [PEER, goal("long", 1.46, 290, 300), *(rung(n, 3 - n / 8, seed) for n in (0, 1) for seed in (1, 2))]
+    left_out = {"kernel": "without", "shape": {"corpus": "tiny Shakespeare", "rung": 1}, "bits_per_byte": 3.25}
+    rows.append({**rung(1, 3.0), **left_out})
     (tmp_path / "learning.json").write_text(json.dumps(rows))
     assert "| 1.4600 in 290.0 s | met |" in tables.learning(tmp_path) and "nanoGPT: 1.9000" in tables.learning(tmp_path)
     table = tables.ladder(tmp_path)
-    assert "| lever 0 | 3.000 ± 0.000 |  |" in table and "| + lever 1 | 2.875 ± 0.000 | -0.125 |" in table
+    assert "| lever 0 | 3.000 ± 0.000 |  |  |" in table and "| + lever 1 | 2.875 ± 0.000 | -0.125 | +0.375 |" in table
     assert draw_ladder(rows, tmp_path / "ladder.png").stat().st_size > 10_000
 
 
