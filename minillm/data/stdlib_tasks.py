@@ -27,6 +27,8 @@ from minillm.data.stdlib_source import Function, functions, parsed
 
 LIMIT = 3000
 """Examples of a task at most."""
+PAIRS = 1500
+"""Of `preference` at most: of each example two models read two texts."""
 FAMILIES = {
     "archives": ("bz2", "gzip", "lzma", "shutil", "tarfile", "zipfile"),
     "async": ("asyncio/",),
@@ -47,7 +49,7 @@ Cut = tuple[Function, dict[str, Any]]
 
 
 def stdlib_records(task: str, *, seed: int = 0, unbalanced: bool = False) -> list[Record]:
-    """Up to 3,000 examples of a task, in random order.
+    """Up to 3,000 examples of a task, of `preference` 1,500, in random order.
 
     Args:
         unbalanced: for `classify`, two classes of which one is rare.
@@ -62,7 +64,7 @@ def stdlib_records(task: str, *, seed: int = 0, unbalanced: bool = False) -> lis
     random.Random(seed).shuffle(found)
     return [
         Record(f"stdlib:{number} ({function.file}:{function.line})", fields)
-        for number, (function, fields) in enumerate(found[:LIMIT], 1)
+        for number, (function, fields) in enumerate(found[: PAIRS if task == "preference" else LIMIT], 1)
     ]
 
 

@@ -4,6 +4,8 @@ model -> head -> method        examples -> data -> batches        settings -> op
 """
 
 import copy
+import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +36,9 @@ from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, autocast, choose_device, cores, known_plan, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
+
+FEW = 16
+"""Examples on which the metrics are timed before the run."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     _tell(work, adapted, data, held_out)
     batch = _batches(work, data)
     objective = _objective(work, model, start)
-    plan = _plan(work, model, device, batch, objective, len(held_out), signals)
+    plan = _plan(work, model, device, batch, objective, len(held_out), signals, start)
     _write_baseline(work)
 
     def metrics(model: nn.Module) -> dict[str, float]:
@@ -199,7 +204,7 @@ def _batches(work: Finetuning, data: TaskData) -> Callable[[int], Batch]:
     return batch
 
 
-def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validation_rows: int, signals) -> Plan:
+def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validation_rows: int, signals, start) -> Plan:
     """The plan that config.json holds, or a new one, written there before anything else happens."""
     plan, settings = known_plan(work.config, work.run), work.settings
     if plan is not None:
@@ -217,8 +222,9 @@ def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validati
             micro_batch=per_row * (settings.train.micro_batch or work.micro_batch(work.base, device)),
             objective=objective,
             batch=batch,
-            validation_rows=validation_rows,
+            validation_rows=per_row * validation_rows,
             poll=signals.poll,
+            scoring=_scoring(work, model, start),
         )
         plan = planned(settings)
         if work.minutes_at_most is not None and plan.seconds > 60 * work.minutes_at_most:
@@ -234,6 +240,18 @@ def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validati
         f"about {plan.seconds / 60:.1f} min"
     )
     return plan
+
+
+def _scoring(work: Finetuning, model: nn.Module, start: nn.Module | None) -> float:
+    """Seconds that the task's metrics take on all validation examples, measured on a few of them."""
+    few = work.parts.val[:FEW]
+    data, began = work.task.data(few, work.means), time.perf_counter()
+    if not len(data):
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they come to on so few means nothing
+        work.task.metrics(model, data, work.means, start)
+    return (time.perf_counter() - began) * len(work.parts.val) / len(few)
 
 
 def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData) -> None:

@@ -117,6 +117,7 @@ def make_plan(
     validation_rows: int,
     poll: Callable[[], None],
     team: Alone = ALONE,
+    scoring: float = 0.0,
 ) -> Plan:
     """Decides what the settings left open.
 
@@ -124,13 +125,14 @@ def make_plan(
         batch: step -> this process's rows of it.
         validation_rows: rows of one whole validation, whose time `--minutes` includes.
         poll: called between measured steps; may raise.
+        scoring: seconds that a validation takes besides its loss.
     """
     dtype = choose_dtype(settings, device)
     steps, train = settings.steps, settings.train
     if steps is None and settings.minutes is None:
         raise UserError("give the length of the run: --steps N or --minutes M")
     seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll, team)
-    validation = validation_rows / team.size * for_row
+    validation = validation_rows / team.size * for_row + scoring
     if steps is None:
         share = VALIDATING if train.patience is None else CHOOSING
         steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, share, train.eval_every)
