@@ -144,6 +144,10 @@ def finetuning(results: Path) -> str:
     return markdown(header, body, note)
 
 
+METRICS = {"macro_f1": "macro F1", "entity_f1": "entity F1", "f1": "F1", "rmse": "RMSE", "rouge_l": "ROUGE-L"}
+"""As people write them."""
+
+
 def tasks(results: Path) -> str:
     """A line for each task: its default run beside the trivial answer."""
     rows = records.shown(results / "tasks.json")
@@ -151,7 +155,7 @@ def tasks(results: Path) -> str:
         return missing("python -m benchmarks tasks")
     body = []
     for row in rows:
-        measure = f"{row['metric'].replace('_', ' ')} {row['value']:.3f}"
+        measure = f"{METRICS.get(row['metric'], row['metric'])} {row['value']:.3f}"
         trivial = f"{row['trivial']:.3f} ({row['what']})"
         time = f"{row['seconds'] / 60:.1f} min"
         body.append([row["task"], f"`{row['base']}`", f"{row['examples']:,}", time, measure, trivial])

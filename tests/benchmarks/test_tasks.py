@@ -37,5 +37,5 @@ def test_the_table(tmp_path: Path) -> None:
     row = {"task": "seq2seq", "base": "default", "examples": 3000, "seconds": 90.0, "threads": 2, **AGAINST, **about}
     records.save(tmp_path / "tasks.json", [row])
     text = tables.rewritten("<!-- table:tasks -->\n<!-- /table -->\n", tmp_path).splitlines()
-    assert "| seq2seq | `default` | 3,000 | 1.5 min | rouge l 0.500 | 0.250 (the source itself) |" in text
+    assert "| seq2seq | `default` | 3,000 | 1.5 min | ROUGE-L 0.500 | 0.250 (the source itself) |" in text
     assert "EPYC, 2 threads, load up to 2.5. torch 2.13.0; 2026-01-02." in text
