@@ -81,8 +81,8 @@ def ladder(results: Path) -> str:
             before[corpus] = mean
         body.append(line)
     header = ["lever", *(cell for corpus in corpora for cell in (f"{corpus}, bits per byte", "change", "left out"))]
-    seeds, tokens = len({row["shape"]["seed"] for row in rows}), rows[0]["tokens"]
-    note = f"{tokens:,} tokens, {seeds} run{'s' if seeds > 1 else ''} of each. {rows[-1]['device']}. {versions(rows)}"
+    note = f"{rows[0]['tokens']:,} tokens a run; ± is the standard deviation over seeds, the others are one run each. "
+    note += f"Left out: the whole recipe without that lever alone. {rows[-1]['device']}. {versions(rows)}"
     return markdown(header, body, note)
 
 
