@@ -69,8 +69,8 @@ ADAMW = [word for _, added in (RUNGS[0], *RUNGS[2:7]) for word in added]
 
 XZ, A100, CPU = "xz -9", 1.4697, 1.58
 SPEEDRUN = ["--preset", "speedrun-char"]
-START = {"off": 10.0, "on": 36.0}
-"""Seconds that a process spends besides what `--minutes` counts, with and without compilation."""
+START = {"short": 10.0, "equal": 10.0, "default": 25.0, "long": 36.0, "plain": 36.0}
+"""Seconds that a process spends besides what `--minutes` counts: on compilation, or on a longer text."""
 RESERVE = 0.96
 """Share of the rest that is planned: how long steps take is a prediction."""
 SHORT = [
@@ -190,7 +190,7 @@ def goal(part: str, text: Path, peer: Row | None, *, quick: bool) -> tuple[Row, 
         "plain": SPEEDRUN,
         "default": ["--preset", "default"],
     }[part]  # fmt: skip
-    start = START["on" if part in ("long", "plain") else "off"]
+    start = START[part]
     minutes = max(0.02, RESERVE * (wall - start)) / 60
     data = [] if part == "default" else ["--data", str(text)]
     case = {"kernel": "goal", "shape": {"goal": part}, "allowed": wall}

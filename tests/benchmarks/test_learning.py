@@ -103,7 +103,7 @@ def test_the_options_of_a_goal_are_known_and_leave_time_to_start(part, tmp_path)
     case, argv = learning.goal(part, tmp_path / "text", PEER, quick=False)
     args = _parse(argv)
     assert case["allowed"] == {"short": 20.0, "equal": 120.0}.get(part, 300.0)
-    start = learning.START["on" if part in ("long", "plain") else "off"]
+    start = learning.START[part]
     planned = learning.RESERVE * (case["allowed"] - start)
     assert args.minutes * 60 == pytest.approx(planned, abs=0.01) and args.steps is None
     with pytest.raises(ValueError, match="measure that first"):
