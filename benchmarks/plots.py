@@ -106,7 +106,7 @@ def draw_ladder(rows: Sequence[Row], path: Path) -> Path:
                 place.set(xlabel=unit)
                 place.grid(alpha=0.3)
         line[0].set(ylabel=f"bits per byte, {corpus}")
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     return path
@@ -149,4 +149,4 @@ def _figure(width: float, height: float):
 
 def _units(row: Row) -> dict[str, float]:
     """What the x axes show, and by what tokens (or seconds) are multiplied for it."""
-    return {"tokens": 1.0, "seconds": 1.0, "FLOP": row["flops_per_token"]}
+    return {"thousand tokens": 1e-3, "seconds": 1.0, "FLOP": row["flops_per_token"]}
