@@ -46,7 +46,7 @@ def run(data: Path, work: Path, out: Path, *, quick: bool) -> int:
 
 def rows(files: dict[str, Path], work: Path, path: Path, *, quick: bool) -> Iterator[Row]:
     """Measures each method and seed that `path` lacks when its row is asked for."""
-    pretrain, tune = (PRETRAIN + runs.QUICK_PRETRAIN, TUNE + runs.QUICK_TUNE) if quick else (PRETRAIN, TUNE)
+    pretrain, tune = runs.options(PRETRAIN, TUNE, quick=quick)
     text = sentences(files["train"], work)
     base = runs.pretrained(work / f"pretrained-{runs.short(pretrain)}", [*pretrain, "--data", str(text)])
     yield {"method": "majority", "seed": 0, "recipe": []} | majority(files["train"], files["test"])

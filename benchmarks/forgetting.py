@@ -33,7 +33,7 @@ def run(work: Path, out: Path, *, quick: bool) -> int:
 
 def rows(work: Path, path: Path, *, quick: bool) -> Iterator[Row]:
     """Measures each way that `path` lacks when its row is asked for."""
-    pretrain, tune = (PRETRAIN + runs.QUICK_PRETRAIN, TUNE + runs.QUICK_TUNE) if quick else (PRETRAIN, TUNE)
+    pretrain, tune = runs.options(PRETRAIN, TUNE, quick=quick)
     base = runs.pretrained(work / f"pretrained-{runs.short(pretrain)}", pretrain)
     for way, options in WAYS.items():
         recipe = [*pretrain, *tune, *options]

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +98,15 @@ def run(
         parts = [part for part in parts if part not in ("peer", "short", "equal")]
         print("without --nanogpt PATH there is no peer: peer, short and equal are left out", file=sys.stderr)
     work.mkdir(parents=True, exist_ok=True)
+    several = {"ladder": partial(ladder, seeds=seeds), "without": without, "width": widths}
     for part in parts:
-        if part == "ladder":
-            for case, argv in ladder(text, work, seeds, quick=quick):
-                measure(path, case, argv, work / "run", quick=quick)
-        elif part == "without":
-            for case, argv in without(text, work, quick=quick):
-                measure(path, case, argv, work / "run", quick=quick)
-        elif part == "width":
-            for case, argv in widths(text, work, quick=quick):
-                measure(path, case, argv, work / "run", quick=quick)
-        elif part == "peer":
+        if part == "peer":
             if not done(path, {"kernel": PEER}, quick):
                 assert nanogpt is not None
                 keep(path, train_nanogpt(nanogpt, text, work / "nanogpt", steps=20 if quick else 2000), quick)
-        else:
-            case, argv = goal(part, text, peer_of(path, quick), quick=quick)
+            continue
+        one_goal = partial(goal, part, text, peer_of(path, quick), quick=quick)
+        for case, argv in several[part](text, work, quick=quick) if part in several else [one_goal()]:
             measure(path, case, argv, work / "run", quick=quick)
     rows = [row for row in records.load(path) if row["quick"] == quick]
     docs = out if quick else ROOT / "docs"
@@ -123,7 +117,7 @@ def run(
     return 0
 
 
-def ladder(text: Path, work: Path, seeds: int, *, quick: bool) -> Iterator[tuple[Row, list[str]]]:
+def ladder(text: Path, work: Path, *, seeds: int, quick: bool) -> Iterator[tuple[Row, list[str]]]:
     """(case, options) of every rung, corpus by corpus; the corpora are tokenized once."""
     for corpus in CORPORA:
         for seed in range(1, seeds + 1):
@@ -140,10 +134,8 @@ def without(text: Path, work: Path, *, quick: bool) -> Iterator[tuple[Row, list[
         for rung, (name, _) in [*enumerate(RUNGS)][1:]:
             levers = [word for other, (_, added) in enumerate(RUNGS) if other != rung for word in added]
             shape = {"corpus": corpus, "rung": rung}
-            yield (
-                {"kernel": "without", "shape": shape, "name": name},
-                small(corpus, text, work, 1, quick=quick) + levers,
-            )
+            case = {"kernel": "without", "shape": shape, "name": name}
+            yield case, small(corpus, text, work, 1, quick=quick) + levers
 
 
 def small(corpus: str, text: Path, work: Path, seed: int, *, quick: bool) -> list[str]:
@@ -182,16 +174,15 @@ def prepared(corpus: str, text: Path, work: Path) -> Path:
 
 def goal(part: str, text: Path, peer: Row | None, *, quick: bool) -> tuple[Row, list[str]]:
     """(case, options) of a run against the clock: its time is the peer's share that it has, or five minutes."""
-    if part in ("short", "equal") and peer is None:
+    share = {"short": 1 / 6, "equal": 1.0}.get(part)
+    if share and peer is None:
         raise ValueError(f"{part} is a share of nanoGPT's time: measure that first with --part peer --nanogpt PATH")
-    wall = {"short": peer["wall"] / 6, "equal": peer["wall"]}[part] if part in ("short", "equal") else 300.0
+    wall = share * peer["wall"] if share and peer else 300.0
     options = {
         "short": [*SPEEDRUN, *SHORT], "equal": [*SPEEDRUN, "--compile", "off"], "long": [*SPEEDRUN, *LONG],
-        "plain": SPEEDRUN,
-        "default": ["--preset", "default"],
+        "plain": SPEEDRUN, "default": ["--preset", "default"],
     }[part]  # fmt: skip
-    start = START[part]
-    minutes = max(0.02, RESERVE * (wall - start)) / 60
+    minutes = max(0.02, RESERVE * (wall - START[part])) / 60
     data = [] if part == "default" else ["--data", str(text)]
     case = {"kernel": "goal", "shape": {"goal": part}, "allowed": wall}
     length = ["--steps", "3"] if quick else ["--minutes", f"{minutes:.4f}"]

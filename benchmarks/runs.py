@@ -19,8 +19,12 @@ from benchmarks.records import Row
 from minillm.commands.series import finish
 from minillm.training.signals import Signals, Stopped
 
-QUICK_PRETRAIN, QUICK_TUNE = ["--steps", "2", "--tokenizer.vocab-size", "512"], ["--steps", "2"]
-"""What --quick adds to the options."""
+
+def options(pretrain: list[str], tune: list[str], *, quick: bool) -> tuple[list[str], list[str]]:
+    """Options of a pretraining and of its finetunings, with what --quick adds to them."""
+    if not quick:
+        return pretrain, tune
+    return [*pretrain, "--steps", "2", "--tokenizer.vocab-size", "512"], [*tune, "--steps", "2"]
 
 
 def keep(path: Path, rows: Iterator[Row], same: Sequence[str], *, quick: bool) -> int:

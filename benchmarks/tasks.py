@@ -38,7 +38,7 @@ def run(tasks: list[str], bases: dict[str, Path], work: Path, out: Path, *, quic
 
 def rows(tasks: list[str], bases: dict[str, Path], work: Path, *, quick: bool) -> Iterator[Row]:
     """Measures each task when its row is asked for."""
-    pretrain, tune = (runs.QUICK_PRETRAIN, runs.QUICK_TUNE) if quick else ([], [])
+    pretrain, tune = runs.options([], [], quick=quick)
     for task in tasks:
         preset = BASES[task]
         base = bases.get(preset) or runs.pretrained(

@@ -46,7 +46,7 @@ def run(seeds: int, work: Path, out: Path, *, quick: bool) -> int:
 
 def rows(seeds: int, work: Path, path: Path, *, quick: bool) -> Iterator[Row]:
     """Measures each fold that `path` lacks when its row is asked for."""
-    pretrain, tune = (PRETRAIN + runs.QUICK_PRETRAIN, TUNE + runs.QUICK_TUNE) if quick else (PRETRAIN, TUNE)
+    pretrain, tune = runs.options(PRETRAIN, TUNE, quick=quick)
     base = runs.pretrained(work / f"pretrained-{runs.short(pretrain)}", pretrain)
     for seed, fold, way in itertools.product(range(1, seeds + 1), range(1, FOLDS + 1), WAYS):
         options = [*tune, *WAYS[way], "--seed", str(seed), "--fold", f"{fold}/{FOLDS}"]

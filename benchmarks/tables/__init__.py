@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.tables.quality import finetuning, forgetting, ladder, learning, tasks, training, unbalanced, width
-from benchmarks.tables.speed import codegen, generation, kernels, tokenizer
+from benchmarks.tables.quality import finetuning, forgetting, ladder, learning, tasks, unbalanced, width
+from benchmarks.tables.speed import codegen, generation, kernels, tokenizer, training
 
 BLOCK = re.compile(
     r"^(?P<open>[ \t]*<!-- table:(?P<name>[^\n]*?) -->[ \t]*\n)(?P<body>.*?)(?P<close>^[ \t]*<!-- /table -->)",

@@ -1,4 +1,4 @@
-"""Tables of training: what a step takes, what a run learns, and what finetuning makes of it."""
+"""Tables of what is learnt: by a run of training, and by finetuning."""
 
 from __future__ import annotations
 
@@ -9,35 +9,7 @@ from benchmarks import records
 from benchmarks.learning import goals
 from benchmarks.nanogpt import PEER
 from benchmarks.records import Row
-from benchmarks.tables.markdown import deviation, markdown, missing, spread, versions
-
-
-def training(results: Path) -> str:
-    """For each device: a line for each case and provider, with ours first."""
-    parts = []
-    for device, rows in records.by_device(results, "training.json"):
-        body = []
-        for row in rows:
-            ours = next(r for r in rows if r["kernel"] == row["kernel"] and r["provider"] == "minillm")
-            shape, case = row["shape"], row["kernel"].removeprefix("training ")
-            body.append(
-                [
-                    f"{case}, {shape['batch']} × {shape['context']}, {row['dtype']}" if row is ours else "",
-                    row["provider"],
-                    spread(row, "tokens", 0),
-                    f"{ours['ms_p50'] / row['ms_p50']:.2f}×",
-                    f"{100 * row['mfu']:.0f} %",
-                    f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-                    "–" if row is ours else f"{row['gap']:.0e}",
-                ]
-            )
-        header = ["", "", "tokens a second (p20 to p80)", "of ours", "MFU", "peak memory", "largest gap of losses"]
-        load, rate = max(row["load"] for row in rows), [row["matrix_rate"] / 1e9 for row in rows]
-        note = f"{device}, {rows[0]['threads']} threads. MFU is 6N + 12·A·w·S FLOP a token over the rate of a large "
-        note += f"product measured in the same run ({min(rate):,.0f} to {max(rate):,.0f} GFLOP/s). Same first weights, "
-        note += f"batches, AdamW; {len(rows[0]['losses'])} steps. Load of the machine up to {load}. {versions(rows)}"
-        parts.append(markdown(header, body, note))
-    return "\n\n".join(parts) or missing("python -m benchmarks training")
+from benchmarks.tables.markdown import deviation, markdown, missing, versions
 
 
 def learning(results: Path) -> str:

@@ -50,7 +50,7 @@ def test_a_goal_is_met_by_loss_and_time_together():
 def test_each_rung_keeps_the_levers_below_it_and_its_options_are_known(tmp_path):
     for corpus in learning.CORPORA:
         (tmp_path / corpus.replace(" ", "-") / "tokenizer").mkdir(parents=True)
-    cases = list(learning.ladder(tmp_path / "text", tmp_path, 2, quick=False))
+    cases = list(learning.ladder(tmp_path / "text", tmp_path, seeds=2, quick=False))
     assert len(cases) == len(learning.CORPORA) * 2 * len(learning.RUNGS)
     for (before, shorter), (after, longer) in itertools.pairwise(cases):
         if after["shape"]["rung"]:
@@ -67,7 +67,7 @@ def test_each_rung_keeps_the_levers_below_it_and_its_options_are_known(tmp_path)
 def test_the_first_rung_has_no_lever_and_each_other_changes_what_it_names(tmp_path):
     """The default preset has some of the levers itself: a ladder that began with it would add them twice."""
     (tmp_path / "tiny-Shakespeare" / "tokenizer").mkdir(parents=True)
-    cases = itertools.islice(learning.ladder(tmp_path / "text", tmp_path, 1, quick=False), len(learning.RUNGS))
+    cases = itertools.islice(learning.ladder(tmp_path / "text", tmp_path, seeds=1, quick=False), len(learning.RUNGS))
     rungs = [_parse(argv) for _, argv in cases]
     first = rungs[0]
     assert (first.optim.name, first.optim.schedule, first.model.mlp.kind) == ("adamw", "cosine", "gelu")
@@ -79,7 +79,9 @@ def test_the_first_rung_has_no_lever_and_each_other_changes_what_it_names(tmp_pa
 def test_what_is_left_out_is_one_lever_of_the_whole(tmp_path):
     for corpus in learning.CORPORA:
         (tmp_path / corpus.replace(" ", "-") / "tokenizer").mkdir(parents=True)
-    whole = [argv for _, argv in learning.ladder(tmp_path / "text", tmp_path, 1, quick=False)][len(learning.RUNGS) - 1]
+    whole = [argv for _, argv in learning.ladder(tmp_path / "text", tmp_path, seeds=1, quick=False)][
+        len(learning.RUNGS) - 1
+    ]
     cases = list(learning.without(tmp_path / "text", tmp_path, quick=False))
     assert len(cases) == len(learning.CORPORA) * (len(learning.RUNGS) - 1)
     for case, argv in cases[: len(learning.RUNGS) - 1]:
