@@ -34,7 +34,8 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo")) or [platform.processor() or platform.machine()]
-    return f"{names[0].strip()}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{names[0].strip()}, {cores} core{'s' * (cores > 1)}"
 
 
 def slug(name: str) -> str:

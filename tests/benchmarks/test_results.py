@@ -63,6 +63,14 @@ def test_a_folder_for_each_device():
     assert records.slug("AMD EPYC, 2 cores") == "amd-epyc-2-cores"
 
 
+@pytest.mark.parametrize(("cores", "said"), [(1, "1 core"), (2, "2 cores")])
+def test_a_processor_is_named_with_its_cores(cores, said, monkeypatch):
+    monkeypatch.setattr(records.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(records, "_read", lambda _: "model name\t: AMD EPYC \n" * cores)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert records.device_name() == f"AMD EPYC, {said}"
+
+
 def test_a_report_shows_losses_and_failures_too():
     text = kernels.report([row(), row("liger", 0.5), row("eager") | {"failed": "out of memory"}])
     assert "rms_norm forward bfloat16 M=16 N=768" in text.splitlines()[0]
