@@ -1,8 +1,9 @@
 """What is wrong with a run, from what it left behind: config.json, metrics.jsonl, and the files' own hashes.
 
 kind          a run has it when
-first-loss    its first validation loss is further from ln V than 5 % (Glorot's embeddings: and 0.6 nats above),
-              although no weight had been trained: labels that leak or are shifted, a wrong start
+first-loss    its loss before the first update (of the validation; where the plan had no time for that, of the first
+              step) is further from ln V than 5 % (Glorot's embeddings: and 0.6 nats above): labels that leak or are
+              shifted, a wrong start
 no-learning   its best validation never came below what counting single tokens gives (where there is no such
               baseline: below 90 % of ln V)
 nonfinite     a loss or gradient was NaN or infinite
@@ -30,6 +31,7 @@ from minillm.training.run import read_config, read_metrics
 from minillm.training.verdict import scores
 
 FIRST_LOSS, GLOROT = 0.05, 0.6
+UNTRAINED = (("val", 0), ("train", 1))  # split and step of the lines that speak of weights as they were drawn
 RISE = 1.02
 DEAD_SHARE = 0.01
 SLOW = 0.5
@@ -87,9 +89,9 @@ def _torn_lines(path: Path) -> str:
 
 
 def _first_loss(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
-    first = next((line for line in metrics if line.get("split") == "val"), {})
+    first = next((line for line in metrics if (line.get("split"), line.get("step")) in UNTRAINED), {})
     model = config["settings"].get("model") or {}
-    if first.get("step") != 0 or not finite(first.get("loss")) or not model.get("vocab_size") or config.get("base"):
+    if not finite(first.get("loss")) or not model.get("vocab_size") or config.get("base"):
         return []
     expected = math.log(model["vocab_size"])
     above = FIRST_LOSS * expected + (GLOROT if model.get("init") == "xavier" else 0.0)
@@ -100,7 +102,7 @@ def _first_loss(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, 
     else:
         return []
     expectation = f"an untrained model of {model['vocab_size']} tokens should start near ln V = {expected:.3f}"
-    return [("first-loss", f"the first validation loss is {first['loss']:.3f}; {expectation}: {cause}")]
+    return [("first-loss", f"the first {_text(first)} loss is {first['loss']:.3f}; {expectation}: {cause}")]
 
 
 def _no_learning(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:

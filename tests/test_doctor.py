@@ -82,6 +82,17 @@ def test_a_first_loss_far_from_uniform(tmp_path, shift, cause):
     assert kinds(write_run(tmp_path, metrics)) == []
 
 
+def test_a_first_loss_of_a_run_without_a_first_validation(tmp_path):
+    metrics = healthy_metrics()
+    metrics.remove(lines_of(metrics, "val")[0])
+    assert kinds(write_run(tmp_path, metrics)) == []  # step 5 is no untrained model any more
+    lines_of(metrics, "train")[0] |= {"step": 1, "loss": math.log(V) - 0.6}
+    message = only(write_run(tmp_path, metrics), "first-loss")
+    assert f"the first training loss is {math.log(V) - 0.6:.3f}" in message and "sees its targets" in message
+    lines_of(metrics, "train")[0]["loss"] += 0.3
+    assert kinds(write_run(tmp_path, metrics)) == []
+
+
 def test_a_first_loss_that_may_be_elsewhere(tmp_path):
     metrics = healthy_metrics()
     lines_of(metrics, "val")[0]["loss"] += 0.9

@@ -51,7 +51,9 @@ class Loop:
                     self._step()
                 else:
                     progress.line_seconds += job.profile.watch(self._step)
-                if progress.step % plan.log_every == 0 or progress.step == plan.steps:
+                # Step 1 begins with untrained weights: its loss says what a first validation would have said.
+                untrained = progress.step == 1 and not plan.eval_first
+                if untrained or progress.step % plan.log_every == 0 or progress.step == plan.steps:
                     self._log()
                 self.monitor.advance()
         except Stopped as stopped:
@@ -164,7 +166,7 @@ class Loop:
         self.team.poll(self.signals)
         if not progress.chores_done:
             before = self.monitor.seconds
-            if last or progress.step % plan.eval_every == 0:
+            if last or (progress.step % plan.eval_every == 0 and (plan.eval_first or progress.step > 0)):
                 self._validate()
             if job.sample is not None and progress.step in (0, math.ceil(plan.steps / 4), plan.steps):
                 self._sample(job.sample)

@@ -73,7 +73,7 @@ class Monitor:
             if self.bar is not None:
                 self.bar.set_postfix_str(", ".join(parts[:-1]))
                 return
-            left = (self.steps - values["step"]) * self.seconds / max(1, values["step"])
+            left = (self.steps - values["step"]) * values["tokens"] / values["step"] / values["tokens_per_second"]
             parts.append(f"{left / 60:.1f} min left")
         self.say(
             f"{'validation' if split == 'val' else 'step':>10} {values['step']:>6}/{self.steps}  {'  '.join(parts)}"

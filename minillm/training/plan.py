@@ -31,7 +31,7 @@ BF16_WIDTH = 192
 
 
 VALIDATING, CHOOSING, SAVES = 0.05, 0.2, 5
-"""Share of the planned minutes that may go into validations (one at either end there is always), the same where they
+"""Share of the planned minutes that may go into validations (one at the end there is always), the same where they
 choose the best step and stop early, and checkpoints."""
 
 
@@ -50,11 +50,13 @@ class Plan:
     seconds_per_step: float
     seconds_per_validation: float
     """Both measured before the run, on a copy of the model."""
+    eval_first: bool = True
+    """Whether the model is validated before its first step, too."""
 
     @property
     def seconds(self) -> float:
         """What the run will take: steps and validations."""
-        validations = 1 + math.ceil(self.steps / self.eval_every)
+        validations = self.eval_first + math.ceil(self.steps / self.eval_every)
         return self.steps * self.seconds_per_step + validations * self.seconds_per_validation
 
 
@@ -62,6 +64,7 @@ def known_plan(config: dict[str, Any], run: Path) -> Plan | None:
     """The plan that the config.json of a begun run holds. Raises `DamagedFile` where it is not complete."""
     known = config.get("plan")
     try:
+        known = known and {"eval_first": True, **known}  # runs have begun before there was a choice
         return None if known is None else Plan(**{field.name: known[field.name] for field in fields(Plan)})
     except (KeyError, TypeError):
         raise DamagedFile(f"{run / 'config.json'} is damaged: its plan is not complete") from None
@@ -128,14 +131,16 @@ def make_plan(
         scoring: seconds that a validation takes besides its loss.
     """
     dtype = choose_dtype(settings, device)
-    steps, train = settings.steps, settings.train
+    steps, train, first = settings.steps, settings.train, True
     if steps is None and settings.minutes is None:
         raise UserError("give the length of the run: --steps N or --minutes M")
     seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll, team)
     validation = validation_rows / team.size * for_row + scoring
     if steps is None:
-        share = VALIDATING if train.patience is None else CHOOSING
-        steps, eval_every = _steps_that_fit(60 * settings.minutes, seconds, validation, share, train.eval_every)
+        time, share = 60 * settings.minutes, VALIDATING if train.patience is None else CHOOSING
+        # Where validations choose the best step, the model as it was is one of those to choose from.
+        first = train.eval_every is not None or train.patience is not None or 2 * validation <= share * time
+        steps, eval_every = _steps_that_fit(time, seconds, validation, share, train.eval_every, first)
         save_every = min(eval_every, math.ceil(steps / SAVES))
     else:
         save_every = eval_every = train.eval_every or max(1, math.ceil(steps / 10))
@@ -153,17 +158,18 @@ def make_plan(
         log_every=train.log_every or max(1, steps // 100),
         seconds_per_step=seconds,
         seconds_per_validation=validation,
+        eval_first=first,
     )
 
 
 def _steps_that_fit(
-    time: float, step: float, validation: float, share: float, eval_every: int | None
+    time: float, step: float, validation: float, share: float, eval_every: int | None, first: bool
 ) -> tuple[int, int]:
-    """(steps, eval_every) for `time`, all in seconds, validations at the start, at the end and in between included."""
+    """(steps, eval_every) for `time`, all in seconds, validations at the end, in between and `first` included."""
     if eval_every is not None:
         return max(1, int((time - 2 * validation) / (step + validation / eval_every))), eval_every
-    parts = min(5, max(1, int(share * time / validation) - 1))  # one validation at the start, one after each part
-    steps = max(1, int((time - (1 + parts) * validation) / step))
+    parts = min(5, max(1, int(share * time / validation) - first))  # a validation after each of them
+    steps = max(1, int((time - (first + parts) * validation) / step))
     return steps, math.ceil(steps / parts)
 
 

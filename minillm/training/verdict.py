@@ -105,14 +105,14 @@ def _against_baselines(best: float, baselines: Mapping[str, float]) -> list[str]
 def _memorising(result: Scores, best_step: int, best: float, epochs: float) -> list[str]:
     last_step, last = result.validation[-1]
     recent = [y for step, y in result.train if step > 0.9 * last_step] or [y for _, y in result.train[-1:]]
-    if not recent or len(result.validation) < 2:
+    if not recent or not last_step:
         return []
     train = math.fsum(recent) / len(recent)
     if last > best * RISEN:
         turned = (
             f"the validation was best at step {best_step:,} ({score(best)}) and {score(last)} at step {last_step:,}"
         )
-        if train < last and best_step > result.validation[0][0]:
+        if train < last and best_step > 0:
             return [f"Overfitting: {turned}. More text, --model.dropout, or fewer steps would help."]
         return [f"It got worse, on training text too: {turned}. A lower --optim.lr is the usual cure."]
     if train > 0 and last / train > MEMORISING:

@@ -157,6 +157,18 @@ def test_validation_and_samples_stand_where_they_belong(tmp_path: Path) -> None:
     assert (end["reason"], end["step"]) == ("finished", 10)
 
 
+def test_without_a_first_validation_step_one_tells_of_untrained_weights(tmp_path: Path) -> None:
+    whole, short = (job(tmp_path / name, steps=6) for name in ("whole", "short"))
+    go(whole)
+    go(replace(short, plan=replace(short.plan, log_every=4, eval_first=False)))
+    assert [line["step"] for line in lines(tmp_path / "whole", "val")] == [0, 6]
+    (last,) = lines(tmp_path / "short", "val")
+    assert last["step"] == 6 and last["loss"] == lines(tmp_path / "whole", "val")[1]["loss"]
+    assert [line["step"] for line in lines(tmp_path / "short", "train")] == [1, 4, 6]
+    assert lines(tmp_path / "short", "train")[0]["loss"] == lines(tmp_path / "whole", "train")[0]["loss"]
+    assert events(tmp_path / "short", "end")[0]["best_step"] == 6
+
+
 def test_a_line_covers_all_steps_since_the_last_one(tmp_path: Path) -> None:
     each, some = (job(tmp_path / name, steps=6, train={"batch": 5}) for name in ("each", "some"))  # targets differ
     go(each)

@@ -5,32 +5,48 @@ from types import SimpleNamespace
 
 import pytest
 
-from minillm.config import DamagedFile
-from minillm.training import finetune
-from minillm.training.plan import CHOOSING, VALIDATING, Plan, _steps_that_fit, known_plan
+from minillm.config import DamagedFile, Settings, from_dict
+from minillm.training import finetune, plan
+from minillm.training.distributed import ALONE
+from minillm.training.plan import VALIDATING, Plan, known_plan, make_plan
 
 
 @pytest.mark.parametrize(
-    ("share", "eval_every", "expected"),
+    ("minutes", "train", "expected"),
     [
-        (VALIDATING, None, (96, 96)),  # two of 2 s, at the start and at the end: more would pass 5 %
-        (CHOOSING, None, (88, 18)),  # six: where they choose the best step
-        (VALIDATING, 10, (80, 10)),  # as asked for, whatever it takes
+        (100 / 60, {}, (96, 96, True)),  # two of 2 s, before the first step and at the end: more would pass 5 %
+        (60 / 60, {}, (58, 58, False)),  # two would: the one at the end is left
+        (12 / 60, {}, (10, 10, False)),  # one would: there always is one
+        (400 / 60, {}, (388, 78, True)),  # as many as are of use
+        (100 / 60, {"patience": 3}, (88, 18, True)),  # more of them where they choose the best step
+        (15 / 60, {"patience": 3}, (11, 11, True)),  # the model as it was may be the best
+        (60 / 60, {"eval_every": 10}, (46, 10, True)),  # as asked for, whatever it takes
     ],
 )
-def test_validations_take_their_share_of_the_minutes(share: float, eval_every: int | None, expected) -> None:
-    steps, every = _steps_that_fit(100.0, 1.0, 2.0, share, eval_every)
-    assert (steps, every) == expected
-    assert steps * 1.0 + (1 + -(-steps // every)) * 2.0 <= 100.0
+def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float, train, expected) -> None:
+    """A step takes a second, a validation two."""
+    monkeypatch.setattr(plan, "_measure", lambda *args: (1.0, 0.02))
+    settings = from_dict(Settings, {"minutes": minutes, "model": {"vocab_size": 64}, "train": train})
+    found = make_plan(
+        settings, model=None, device=plan.torch.device("cpu"), micro_batch=8, objective=None, batch=None,
+        validation_rows=100, poll=lambda: None, team=ALONE,
+    )  # fmt: skip
+    assert (found.steps, found.eval_every, found.eval_first) == expected
+    validations = found.eval_first + -(-found.steps // found.eval_every)
+    assert found.seconds == found.steps + 2 * validations <= 60 * minutes
+    if not train and validations > 1:
+        assert 2 * validations <= VALIDATING * 60 * minutes
 
 
 def test_a_begun_runs_plan_is_read_back_whole_or_not_at_all(tmp_path):
-    plan = Plan(
+    begun = Plan(
         device="cpu", dtype="fp32", kernels="torch", compile=False, threads=1, micro_batch=2, steps=7, eval_every=3,
         save_every=3, log_every=1, seconds_per_step=0.5, seconds_per_validation=0.25,
     )  # fmt: skip
-    kept = {**asdict(plan), "parameters": 5}
-    assert known_plan({"plan": kept}, tmp_path) == plan and known_plan({}, tmp_path) is None
+    kept = {**asdict(begun), "parameters": 5}
+    assert known_plan({"plan": kept}, tmp_path) == begun and known_plan({}, tmp_path) is None
+    del kept["eval_first"]  # as runs have it that were begun before there was a choice
+    assert known_plan({"plan": kept}, tmp_path) == begun
     del kept["steps"]
     with pytest.raises(DamagedFile, match=r"config.json is damaged: its plan is not complete"):
         known_plan({"plan": kept}, tmp_path)

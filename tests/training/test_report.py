@@ -228,6 +228,12 @@ def test_the_verdict_tells_memorising_from_learning(validation: list[float], tra
     assert "longer run" not in last
 
 
+def test_one_validation_at_the_end_is_enough_for_a_verdict() -> None:
+    sentences = verdict(config(), [BASELINES, train(1, 4.0), train(95, 1.1), train(100, 1.3), val(100, 1.9), end(100)])
+    assert sentences[0] == "The model reached 1.900 bits per byte on held-out text, at step 100."
+    assert sentences[-1].startswith("It predicts training text 37% better (1.200) than held-out text (1.900)")
+
+
 def test_a_run_that_got_worse_is_no_overfitting() -> None:
     worse = verdict(config(), [val(0, 4.0), train(40, 5.0), val(50, 3.9), train(100, 1e30), val(100, 1e30), end(100)])
     assert worse[1].startswith(
