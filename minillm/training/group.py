@@ -243,7 +243,10 @@ def joined() -> Iterator[Group]:
         threading.Thread(target=_leave, daemon=True).start()
         if isinstance(error, RuntimeError):  # of a collective because another rank is gone, or this rank's own
             group.watch.await_verdict(SETTLING)
-        group.watch.end(_last_words(error))
+        if isinstance(error, Stopped):
+            group.watch.end(stopped=error.number)
+        else:
+            group.watch.end(_last_words(error))
         if not isinstance(error, (UserError, Stopped, SystemExit)):
             logs.broke_down()
         raise

@@ -6,14 +6,14 @@ from types import FrameType, TracebackType
 
 
 class Stopped(BaseException):
-    """The process was asked to end; `code` is the exit code that says so (128 + signal).
+    """The process was asked to end by the signal `number`; `code` is the exit code that says so (128 + signal).
 
     Like KeyboardInterrupt no Exception, so that nothing on its way takes it for a fault to recover from.
     """
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.code = 128 + number
+        self.number, self.code = number, 128 + number
 
 
 class Signals:

@@ -7,6 +7,7 @@ whose beat stops is gone, and one that has begun fewer than the others while not
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -33,6 +34,8 @@ class Beat:
     """What it does alone, however long that takes, while the others wait."""
     failed: str | None
     """Its last words."""
+    stopped: int | None
+    """The signal by which it was asked to end before training began."""
     done: bool
 
 
@@ -96,10 +99,11 @@ class Watch:
         self.training = self.quick = False
         self.busy_with: str | None = None
         self.failed: str | None = None
+        self.stopped: int | None = None
         self.done = False
         self.count = 0
         self.where = ""
-        self.main = threading.current_thread().ident
+        self.main = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_and_look, daemon=True, name="watch")
         self._publish()
@@ -123,17 +127,21 @@ class Watch:
         time.sleep(seconds)
         self.quick = False
 
-    def end(self, failed: str | None = None) -> None:
-        """The last beat: done, or `failed` and why."""
+    def end(self, failed: str | None = None, stopped: int | None = None) -> None:
+        """The last beat: done, or `failed` and why, or `stopped` by which signal."""
         self._stop.set()
         self._thread.join(timeout=5)
-        self.failed, self.done = failed, True
+        self.failed, self.stopped, self.done = failed, stopped, True
         with suppress(RuntimeError):  # the store may have gone with whoever kept it
             self._publish()
+        if self.rank == 0 and (failed or stopped):  # the store may go with this process: the others read first
+            time.sleep(2 * BEAT)
 
     def _publish(self) -> None:
         self.count += 1
-        beat = Beat(self.count, socket.gethostname(), self.begun(), self.busy_with, self.failed, self.done)
+        beat = Beat(
+            self.count, socket.gethostname(), self.begun(), self.busy_with, self.failed, self.stopped, self.done
+        )
         self.store.set(self.keys[self.rank], json.dumps(asdict(beat)))
 
     def _beat_and_look(self) -> None:
@@ -141,6 +149,9 @@ class Watch:
             while not self._stop.wait(BEAT):
                 self._publish()
                 beats = [Beat(**json.loads(raw)) for raw in self.store.multi_get(self.keys)]
+                stopped = next((beat.stopped for beat in beats if beat.stopped is not None), None)
+                if stopped is not None:
+                    return self._stop_too(stopped)
                 found = self.judge.look(beats, time.monotonic(), training=self.training, quick=self.quick)
                 if found is not None:
                     self._end_process(*found, beats)
@@ -151,12 +162,19 @@ class Watch:
                 )
                 os._exit(1)
 
+    def _stop_too(self, number: int) -> None:
+        """Before training a signal to one rank is one to all; one that waits for another in C++ cannot hear it."""
+        signal.pthread_kill(self.main, number)
+        if not self._stop.wait(2 * QUICK):
+            print("stopped, as another rank was", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
     def _end_process(self, rank: int, what: str, beats: list[Beat]) -> None:
         if beats[rank].failed is not None and self._stop.wait(QUICK):
             return  # this rank has met the same error, and ends by itself
         line = f"error: rank {rank} ({beats[rank].host}) {what}; the run ends"
         if rank == self.rank:
-            frame = sys._current_frames().get(self.main or 0)
+            frame = sys._current_frames().get(self.main)
             stack = "".join(traceback.format_stack(frame)) if frame else ""
             print(f"{line}; this rank stood at:\n{stack}", file=sys.stderr, flush=True)
             os._exit(1)

@@ -1,5 +1,6 @@
 """Groups of real processes for a test: forked from one that has imported everything, so that each takes no time."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -152,6 +153,21 @@ def overtaken(rank: int, folder: Path) -> None:
 def commanded(rank: int, argv: list[str]) -> int:
     """`minillm train ARGV`; its exit code."""
     return command("train", argv)
+
+
+def stopped(rank: int, argv: list[str], who: int, where: str) -> None:
+    """`minillm train ARGV`, in which rank `who` gets SIGTERM as it comes to a function, MODULE.NAME."""
+    module, _, name = where.rpartition(".")
+    home = importlib.import_module(module)
+    real = getattr(home, name)
+
+    def then(*args: Any, **options: Any) -> Any:
+        if rank == who:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    setattr(home, name, then)
+    raise SystemExit(command("train", argv))
 
 
 def resumed(rank: int, run: Path, values: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from minillm.cli import run as command
 from minillm.commands.launching import earlier_run, launch
 from minillm.training import checkpoint
 from minillm.training.watch import BEAT, QUICK, Beat, Judge
-from tests.training.ranks import Ranks, misbehaving, resumed, trained
+from tests.training.ranks import Ranks, commanded, misbehaving, resumed, stopped, trained
 from tests.training.running import ROOT, TINY, events, losses, metrics, train
 
 VALUES = {"steps": 6, "train": {"batch": 6}}
@@ -58,19 +58,45 @@ def test_sigterm_to_one_stops_all_and_saves_once(tmp_path: Path) -> None:
     assert ranks.codes() == [143, 143]
     assert checkpoint.steps(tmp_path) == [3], "the step in hand is finished by all"
     assert [event["reason"] for event in events(tmp_path, "end")] == ["signal"]
-    assert SIGN in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], "docs/train.slurm looks for it there"
+    assert SIGN in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1], "README says to look for it there"
     *_, again = Ranks(2, resumed, tmp_path, VALUES).results()[0]
     assert again == Ranks(2, trained, tmp_path / "whole", VALUES).results()[0]
     assert SIGN not in (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("code, end, again", [(1, f"{{{SIGN}}}", True), (1, "{}", False), (0, "{}", False)])
-def test_a_slurm_job_queues_itself_again_after_a_signal_alone(tmp_path: Path, code: int, end: str, again: bool) -> None:
-    """The template with commands of Slurm's names that write down how they were called: no cluster is here."""
+@pytest.mark.parametrize(
+    "who, where", [(0, "minillm.commands.corpus.run_shards"), (1, "minillm.training.pretrain.make_plan")]
+)
+def test_a_stop_of_one_before_training_is_one_of_all(capsys, text: Path, tmp_path: Path, who: int, where: str) -> None:
+    """While the lead makes the data and the other waits for it; while both measure. Resumed, it is as never stopped."""
+    run, one = tmp_path / "run", tmp_path / "one"
+    argv = ["--data", str(text), *TINY, "--steps", "3"]
+    terminal = tmp_path / "terminal"
+    ranks = Ranks(2, stopped, [*argv, "--out", str(run)], who, where, terminal=terminal)
+    assert ranks.codes() == [143, 143], terminal.read_text()
+    assert "stopped" in terminal.read_text() and "error" not in terminal.read_text()
+    assert not (run / "metrics.jsonl").exists()
+    assert Ranks(2, commanded, ["--resume", str(run)]).results() == [0, 0]
+    assert train(capsys, *argv, "--out", one).code == 0
+    assert [line[:2] for line in losses(run)] == [line[:2] for line in losses(one)]
+    assert [line[2] for line in losses(run)] == pytest.approx([line[2] for line in losses(one)], rel=1e-5)
+
+
+@pytest.mark.parametrize("signalled, code, again", [(True, 1, True), (True, 0, False), (False, 1, False)])
+def test_a_slurm_job_queues_itself_again_after_a_signal_alone(
+    tmp_path: Path, signalled: bool, code: int, again: bool
+) -> None:
+    """The template with commands of Slurm's names that write down how they were called: no cluster is here.
+
+    A run that fails as it is resumed does not queue itself again, though the last job's end is what its file ends with.
+    """
     run = tmp_path / "runs" / "big"
     run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(f"{{{SIGN}}}\n")
+    until_stopped = f"trap 'exit {code}' TERM; echo $$ > step; kill -USR1 $PPID; while sleep 0.05; do :; done"
     for name, body in {
-        "srun": f"echo \"$@\" >> calls; echo '{end}' >> {run}/metrics.jsonl; exit {code}",
+        "srun": f'echo "$@" >> calls; {until_stopped if signalled else f"exit {code}"}',
+        "scancel": 'echo "scancel $@" >> calls; kill -TERM $(cat step)',
         "scontrol": "if [ $1 = show ]; then echo host0; else echo $@ >> calls; fi",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -78,11 +104,12 @@ def test_a_slurm_job_queues_itself_again_after_a_signal_alone(tmp_path: Path, co
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
     variables = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for begun in (False, True):
-        job = subprocess.run(["bash", ROOT / "docs" / "train.slurm"], cwd=tmp_path, env=variables)
+        job = subprocess.run(["bash", ROOT / "docs" / "train.slurm"], cwd=tmp_path, env=variables, timeout=20)
         first, *rest = (tmp_path / "calls").read_text().splitlines()
         assert ("--resume runs/big" in first) == begun and ("--out runs/big --preset gpt2" in first) != begun
         assert "--nnodes 2 --node-rank $SLURM_NODEID --nproc-per-node 8" in first and "--master-addr host0" in first
-        assert rest == (["requeue 7"] if again else []) and job.returncode == (0 if again else code)
+        expected = ["scancel --signal=TERM 7"] if signalled else []
+        assert rest == expected + (["requeue 7"] if again else []) and job.returncode == (0 if again else code)
         (tmp_path / "calls").unlink()
         (run / "config.json").write_text("{}")
 
