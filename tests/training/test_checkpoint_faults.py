@@ -69,7 +69,8 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 # Saves steps 1, 2, 3 … until it is killed at a random moment; then looks at what is left. Forks, so that torch is
-# imported once for all kills.
+# imported once for all kills. An alarm, which no fork inherits, ends either process where one kill makes no headway;
+# all of them may take as long as a busy machine needs.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -92,6 +93,7 @@ usual, last = time.perf_counter() - begun, 2
 for _ in range(kills):
     reader, writer = os.pipe()
     child = os.fork()
+    signal.alarm(250)
     if child == 0:
         step = last
         while True:
@@ -132,10 +134,8 @@ print(json.dumps(report))
 
 @pytest.mark.parametrize("kills", [10, prove(100)])
 def test_a_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path, kills):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path), str(kills)], capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), str(kills)], capture_output=True, text=True)
+    assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-2000:]}"
     report = json.loads(done.stdout)
     assert report["trouble"] == []
     assert len(report["newest"]) == kills and report["newest"] == sorted(set(report["newest"]))
