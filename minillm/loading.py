@@ -39,9 +39,10 @@ class Opened:
 
     @property
     def start(self) -> list[int]:
-        """What the decoder of an encoder-decoder begins with. Pretraining and finetuning here begin with the document's
-        token; a model that was only imported begins as its config says."""
-        return self.config.get("imported", {}).get("start") or [self.tokenizer.document_id]
+        """What the decoder of an encoder-decoder begins with: as an imported config says, finetuned for `seq2seq` or
+        not, and else with the document's token."""
+        said = self.config.get("imported", {}).get("start") or self.config.get("task", {}).get("start")
+        return said or [self.tokenizer.document_id]
 
     @property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -49,8 +50,9 @@ class Opened:
         was finetuned for that, those of an imported tokenizer's template, and none in pretraining here."""
         tokenizer = self.tokenizer
         if "imported" not in self.config:
-            rows = self.config.get("task", {}).get("name") == "seq2seq"
-            return ([tokenizer.document_id], [tokenizer.end_id]) if rows else ([], [])
+            task = self.config.get("task", {})
+            before, behind = task.get("frame") or ([tokenizer.document_id], [tokenizer.end_id])
+            return (before, behind) if task.get("name") == "seq2seq" else ([], [])
         text, wrapped = tokenizer.encode("a"), tokenizer.wrap("a")
         at = next((i for i in range(len(wrapped)) if wrapped[i : i + len(text)] == text), 0)
         return wrapped[:at], wrapped[at + len(text) :]

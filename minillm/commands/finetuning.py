@@ -73,7 +73,9 @@ def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str
     split = "by seed" if options["val"] is None else options["val"]
     corpus = {"source": settings.source, "hash": digest, "documents": len(examples) + len(val or ()), "split": split}
     config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
-    means = means_of(opened.tokenizer, shape, method)
+    means = replace(means_of(opened.tokenizer, shape, method), start=opened.start, frame=opened.frame)
+    if section["name"] == "seq2seq" and any(means.frame):  # what it has learnt to read and write between
+        section.update(start=means.start, frame=means.frame)
     old = None if options.get("from_scratch") else old_text(opened, means)  # what was never learnt is not forgotten
     for remark in remarks(task, parts):
         say(f"note: {remark}")

@@ -13,7 +13,7 @@ import tyro
 from minillm.config import UserError
 from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
-from minillm.inference.reader import room
+from minillm.inference.reader import framed, room
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import TextStream, stop_and_banned
 from minillm.loading import Opened, open_model
@@ -130,7 +130,7 @@ def _continue(
     model, tokenizer = opened.transformer, opened.tokenizer
     reads_source = model.config.shape == "encoder-decoder"
     texts = [Text(prompt, "" if reads_source else prompt, TextStream(tokenizer, args.stop)) for prompt in prompts]
-    stops, banned = stop_and_banned(tokenizer, model.config)
+    stops, banned = stop_and_banned(tokenizer, model.config, opened.start if reads_source else ())
 
     def on_token(row: int, token: int) -> bool:
         text = texts[row]
@@ -143,8 +143,9 @@ def _continue(
     if streams_live:
         print(texts[0].shown_prompt, end="", flush=True)
     read = [opened.start if reads_source else [tokenizer.document_id, *ids] for ids in encoded]
+    sources = [framed(ids, opened.frame, model.config.context) or [tokenizer.document_id] for ids in encoded]
     common: dict[str, Any] = {
-        "sources": [_source(ids, opened) for ids in encoded] if reads_source else None,
+        "sources": sources if reads_source else None,
         "max_new_tokens": args.max_new_tokens,
         "stop_ids": stops,
         "banned_ids": banned,
@@ -210,13 +211,6 @@ def _prompt_of(line: str, where: str) -> str:
         if isinstance(value, dict) and isinstance(value.get(key), str):
             return value[key]
     raise UserError(f'{where} has no text under "prompt", "text" or "source"')
-
-
-def _source(ids: list[int], opened: Opened) -> list[int]:
-    """What the encoder reads: of a text that is longer than the context the beginning."""
-    before, behind = opened.frame
-    length = opened.transformer.config.context - len(before) - len(behind)
-    return [*before, *ids[:length], *behind] or [opened.tokenizer.document_id]
 
 
 def _warn_of_long_prompts(encoded: list[list[int]], opened: Opened) -> None:

@@ -33,7 +33,7 @@ def opened_means(opened: Opened) -> Means:
     method = opened.config.get("method")
     config = opened.transformer.config
     means = means_of(opened.tokenizer, config, None if method is None else from_dict(MethodConfig, method, "method."))
-    return replace(means, start=opened.start)
+    return replace(means, start=opened.start, frame=opened.frame)
 
 
 def old_text(opened: Opened, means: Means) -> OldText | None:

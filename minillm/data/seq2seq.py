@@ -1,6 +1,7 @@
 """A text to write for a text: what `seq2seq` learns from, `{"source", "target"}`.
 
     encoder-decoder   source  document_id, source, end_id          ids  document_id, target      targets  target, end_id
+    an imported BART  source  <s>, source, </s>       ids  </s>, <s>, target      targets  <s>, target, </s>
     decoder           ids     document_id, source, end_id, target  targets  the next token, on the target and its end_id
 
 B rows, S source tokens, T tokens.
@@ -36,6 +37,24 @@ def _example(record: Record, labelled: bool) -> PairExample:
     return PairExample(record, record.text("source"), record.text("target") if labelled else None)
 
 
+@dataclass(frozen=True)
+class Sides:
+    """The ids around both texts of an encoder-decoder."""
+
+    start: Sequence[int]
+    """What its decoder begins to write with."""
+    before: Sequence[int]
+    """Stands before a source, and behind `start` where that is one id and another one."""
+    behind: Sequence[int]
+    """Stands behind a source."""
+
+    @property
+    def opening(self) -> list[int]:
+        """What stands before a target in the decoder's row; all but the first of it are targets too."""
+        there = len(self.start) > 1 or list(self.start) == list(self.before)
+        return [*self.start] if there else [*self.start, *self.before]
+
+
 class PairData:
     """Rows of source and target; a `TaskData`.
 
@@ -44,7 +63,7 @@ class PairData:
 
     Args:
         examples: with targets.
-        encoder_decoder: the model's shape; else a decoder, which reads both in one row.
+        sides: of an encoder-decoder; None: a decoder, which reads both in one row.
         cut_limit: see `check_cut`.
 
     Raises:
@@ -59,13 +78,13 @@ class PairData:
         tokenizer: TaskTokenizer,
         *,
         context: int,
-        encoder_decoder: bool,
+        sides: Sides | None,
         cut_limit: float = CUT_LIMIT,
     ):
         if context < 6:
             raise UserError(f"a context of {context} leaves no room for two texts; take a model with a longer one")
-        self.examples, self.context, self.encoder_decoder = list(examples), context, encoder_decoder
-        self.pad_id, self.document_id = tokenizer.pad_id, tokenizer.document_id
+        self.examples, self.context, self.sides = list(examples), context, sides
+        self.pad_id = tokenizer.pad_id
         self.sources: list[list[int]] = []
         """What the model is given of each example: the encoder's tokens, or a decoder's prompt."""
         self.targets: list[list[int]] = []
@@ -88,15 +107,19 @@ class PairData:
         target = (
             [] if example.target is None else [*encode(tokenizer, example.record, example.target), tokenizer.end_id]
         )
-        if self.encoder_decoder:
-            room, target_room = self.context - 2, self.context
+        before: Sequence[int] = [tokenizer.document_id]
+        behind: Sequence[int] = [tokenizer.end_id]
+        if self.sides is not None:
+            before, behind = self.sides.before, self.sides.behind
+            target = target and [*self.sides.opening[1:], *target]
+            room, target_room = self.context - len(before) - len(behind), self.context
         else:  # the last token of a row is a target alone, so a row of ids and targets holds one more
             target_room = max(self.context + 1 - 2 - len(source), self.context // 2)
             room = self.context + 1 - 2 - min(len(target) or self.context // 2, target_room)
         self.cut += len(target) > target_room
         self.truncated += len(source) > room or len(target) > target_room
         self.lost.append(max(0, len(source) - room))
-        self.sources.append([tokenizer.document_id, *source[:room], tokenizer.end_id])
+        self.sources.append([*before, *source[:room], *behind])
         self.targets.append(target[:target_room])
 
     def __len__(self) -> int:
@@ -105,11 +128,11 @@ class PairData:
     def batch(self, indices: np.ndarray, samples: np.ndarray) -> Batch:
         sources, targets = [self.sources[i] for i in indices], [self.targets[i] for i in indices]
         common = {"samples": samples, "pad_id": self.pad_id, "context": self.context}
-        if not self.encoder_decoder:
+        if self.sides is None:
             rows = [(source + target)[:-1] for source, target in zip(sources, targets, strict=True)]
             learnt = [[IGNORED] * (len(s) - 1) + t for s, t in zip(sources, targets, strict=True)]
             return text_batch(rows, learnt, **common)
-        batch = text_batch([[self.document_id, *target[:-1]] for target in targets], targets, **common)
+        batch = text_batch([[self.sides.start[0], *target[:-1]] for target in targets], targets, **common)
         S = bucket(max(map(len, sources)), self.context)
         return replace(
             batch,

@@ -31,6 +31,13 @@ def room(model: Transformer) -> int:
     return model.config.context - model.decoder.front.length
 
 
+def framed(ids: Sequence[int], frame: tuple[Sequence[int], Sequence[int]], context: int) -> list[int]:
+    """What an encoder reads of a text: as much of its beginning as the context has room for, between the two of
+    `frame`."""
+    before, behind = frame
+    return [*before, *ids[: max(0, context - len(before) - len(behind))], *behind]
+
+
 class Reader:
     """Reads growing texts with one model.
 

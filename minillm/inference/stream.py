@@ -57,13 +57,15 @@ class TextStream:
         return 0
 
 
-def stop_and_banned(tokenizer: Any, config: ModelConfig) -> tuple[set[int], set[int]]:
+def stop_and_banned(tokenizer: Any, config: ModelConfig, start: Sequence[int] = ()) -> tuple[set[int], set[int]]:
     """Ids that end a text, and ids that must never come in one: special tokens, and rows without a token.
 
-    An encoder-decoder may say sentinels: they are how it names the spans that it fills in.
+    An encoder-decoder may say sentinels: they are how it names the spans that it fills in. Where its decoder begins
+    with another token than document_id, `start`, it may say that one too, as BART's does first of all.
     """
-    stops = {tokenizer.document_id, tokenizer.end_id}
+    stops = {tokenizer.end_id} if start and start[0] != tokenizer.document_id else set[int]()
+    stops = stops or {tokenizer.document_id, tokenizer.end_id}
     banned = set(tokenizer.special.values()) | set(range(tokenizer.vocab_size, config.vocab_size or 0))
     if config.shape == "encoder-decoder":
         banned -= set(tokenizer.sentinel_ids)
-    return stops, banned - stops
+    return stops, banned - stops - {tokenizer.document_id}

@@ -200,7 +200,8 @@ def _write_model(folder: Path, content: Content, tokenizer: Any, start: Sequence
     from safetensors.torch import save_file
 
     config = content.config
-    stops = sorted({tokenizer.document_id, tokenizer.end_id} - {*start[1:]})  # a forced token is to end nothing
+    own = start[0] == tokenizer.document_id  # else the decoder may say it first, and it is to end nothing
+    stops = sorted({tokenizer.document_id, tokenizer.end_id} if own else {tokenizer.end_id})
     ids = {"bos_token_id": tokenizer.document_id, "pad_token_id": tokenizer.pad_id}
     ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     values = write_config(config, content.family, content.architecture, ids) | content.entries
@@ -217,6 +218,7 @@ def _write_model(folder: Path, content: Content, tokenizer: Any, start: Sequence
 def _banned(config: ModelConfig, tokenizer: Any) -> set[int]:
     """What a text never holds, as generation here has it: special tokens, and rows that no token has."""
     banned = set(tokenizer.special.values()) | set(range(tokenizer.vocab_size, config.vocab_size or 0))
+    banned -= {tokenizer.document_id}
     return banned - set(tokenizer.sentinel_ids) if config.shape == "encoder-decoder" else banned
 
 

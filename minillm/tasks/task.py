@@ -47,6 +47,8 @@ class Means:
     """Tokens of a row, where a method takes some of the model's for itself. None: all of the model's."""
     start: Sequence[int] = ()
     """What the decoder of an encoder-decoder begins to write with. (): the tokenizer's document id, as in training."""
+    frame: tuple[Sequence[int], Sequence[int]] = ((), ())
+    """The ids before and behind what the encoder of an encoder-decoder was given of a text."""
 
     @property
     def room(self) -> int:

@@ -16,13 +16,13 @@ from minillm.data.batch import Batch
 from minillm.data.chat import ChatData, ChatExample, read_chat
 from minillm.data.preference import PreferenceData, PreferenceExample, read_preferences
 from minillm.data.records import Record, read_records
-from minillm.data.seq2seq import PairData, PairExample, read_pairs
+from minillm.data.seq2seq import PairData, PairExample, Sides, read_pairs
 from minillm.data.windows import FEW, TextDocument, WindowData, divide, read_documents
 from minillm.evaluation.language import language_scores
 from minillm.evaluation.translation import bleu, rouge_l
 from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
-from minillm.inference.reader import window_start
+from minillm.inference.reader import framed, window_start
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
 from minillm.tasks.task import ROWS, Means, Task, batches, evaluating, outputs, spelt_bytes
@@ -45,8 +45,8 @@ def write(
 
     With several `beams` it is the likeliest text that a beam search finds, and nothing is drawn.
     """
-    stops, banned = stop_and_banned(means.tokenizer, means.config)
     encoder_decoder = means.config.shape == "encoder-decoder"
+    stops, banned = stop_and_banned(means.tokenizer, means.config, means.start if encoder_decoder else ())
     banned |= set(means.tokenizer.sentinel_ids) if encoder_decoder else set()  # they are of pretraining alone
     texts: list[str] = []
     rows = max(1, ROWS // beams)
@@ -96,8 +96,11 @@ class Seq2Seq(Task):
         return example.source
 
     def data(self, examples: Sequence[PairExample], means: Means, *, labelled: bool = True) -> PairData:
-        encoder_decoder = means.config.shape == "encoder-decoder"
-        return PairData(examples, means.tokenizer, context=means.room, encoder_decoder=encoder_decoder)
+        sides = None
+        if means.config.shape == "encoder-decoder":
+            begin, end = [means.tokenizer.document_id], [means.tokenizer.end_id]
+            sides = Sides(means.start or begin, *(means.frame if any(means.frame) else (begin, end)))
+        return PairData(examples, means.tokenizer, context=means.room, sides=sides)
 
     def final_metrics(
         self, model: nn.Module, data: PairData, means: Means, start: nn.Module | None
@@ -285,7 +288,13 @@ class LM(Task):
         self, model: nn.Module, examples: Sequence[Any], means: Means, *, max_new_tokens: int = 128, **options: Any
     ) -> Iterator[dict]:
         begin = means.tokenizer.document_id
-        prompts = [[begin, *means.tokenizer.encode(example.text)] for example in examples]
+        texts = [means.tokenizer.encode(example.text) for example in examples]
+        if means.config.shape == "encoder-decoder":
+            prompts = [framed(text, means.frame, means.room) or [begin] for text in texts]
+            lost = [max(0, len(text) + sum(map(len, means.frame)) - means.room) for text in texts]
+        else:
+            prompts = [[begin, *text] for text in texts]
+            lost = [window_start(len(prompt), means.room) for prompt in prompts]
         written = write(model, means, prompts, max_new_tokens=max_new_tokens, **options)
-        for example, text, prompt in zip(examples, written, prompts, strict=True):
-            yield {"prompt": example.text, "text": text} | unread(window_start(len(prompt), means.room))
+        for example, text, tokens in zip(examples, written, lost, strict=True):
+            yield {"prompt": example.text, "text": text} | unread(tokens)

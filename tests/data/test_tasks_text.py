@@ -10,11 +10,12 @@ from minillm.data.batch import IGNORED
 from minillm.data.chat import ChatData, pack_rows, read_chat
 from minillm.data.preference import PreferenceData, read_preferences
 from minillm.data.records import Record
-from minillm.data.seq2seq import PairData, read_pairs
+from minillm.data.seq2seq import PairData, Sides, read_pairs
 
 from .task_tokenizer import PieceTokenizer, encode_chat
 
 MARKS = {1: "_", 2: "<", 3: ">", IGNORED: "."}
+SIDES = Sides([2], [2], [3])
 
 
 def records(*fields: dict) -> list[Record]:
@@ -124,7 +125,7 @@ def pairs(tokenizer: PieceTokenizer, *fields: dict, **options) -> PairData:
 
 def test_decoder_rows() -> None:
     tokenizer = PieceTokenizer()
-    data = pairs(tokenizer, {"source": "aaabbb", "target": "cccddd"}, context=32, encoder_decoder=False)
+    data = pairs(tokenizer, {"source": "aaabbb", "target": "cccddd"}, context=32, sides=None)
     batch = data.batch(np.array([0]), np.array([0]))
     assert shown(tokenizer, batch.ids[0]) == "<aaabbb>cccddd" + "_" * 10
     assert shown(tokenizer, batch.targets[0]) == "...cccddd>" + "." * 10
@@ -135,13 +136,27 @@ def test_decoder_rows() -> None:
 def test_encoder_decoder_rows() -> None:
     tokenizer = PieceTokenizer()
     fields = {"source": "aaabbb", "target": "cccddd"}, {"source": "a", "target": "b"}
-    data = pairs(tokenizer, *fields, context=32, encoder_decoder=True)
+    data = pairs(tokenizer, *fields, context=32, sides=SIDES)
     batch = data.batch(np.array([0, 1]), np.array([0, 1]))
     assert [shown(tokenizer, row) for row in batch.source] == ["<aaabbb>" + "_" * 12, "<a>" + "_" * 13]
     assert [shown(tokenizer, row) for row in batch.ids] == ["<cccddd" + "_" * 13, "<b" + "_" * 14]
     assert [shown(tokenizer, row) for row in batch.targets] == ["cccddd>" + "." * 13, "b>" + "." * 14]
     assert batch.source_segments.tolist() == [[0] * 4 + [-1] * 12, [0] * 3 + [-1] * 13]
     assert batch.segments.tolist() == [[0] * 3 + [-1] * 13, [0] * 2 + [-1] * 14]
+
+
+@pytest.mark.parametrize("start", [[3], [3, 2]])
+def test_a_decoder_that_begins_otherwise_writes_the_mark_of_the_source_first(start: list[int]) -> None:
+    """As BART's, whether its config forces that mark or not."""
+    tokenizer = PieceTokenizer()
+    data = pairs(tokenizer, {"source": "aaabbb", "target": "cccddd"}, context=32, sides=Sides(start, [2], [3]))
+    batch = data.batch(np.array([0]), np.array([0]))
+    assert [shown(tokenizer, row[0, :5]) for row in (batch.source, batch.ids, batch.targets)] == [
+        "<aaabbb>_",
+        "><cccddd_",
+        "<cccddd>.",
+    ]
+    assert Sides([3, 4], [2], [3]).opening == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +167,7 @@ def test_a_decoders_row_is_shared(source: int, target: int, kept_source: int, ke
     """A row of 16 and the last target: 17 tokens, three of them marks."""
     tokenizer = PieceTokenizer()
     fields = {"source": "aaa" * source, "target": "bbb" * target}
-    data = pairs(tokenizer, fields, *[{"source": "a", "target": "b"}] * 30, context=16, encoder_decoder=False)
+    data = pairs(tokenizer, fields, *[{"source": "a", "target": "b"}] * 30, context=16, sides=None)
     assert len(data.sources[0]) - 2 == kept_source
     assert len(data.targets[0]) == kept_target + (not cut)
     assert (data.cut, data.truncated) == (cut, int(cut or kept_source < source))
@@ -162,15 +177,15 @@ def test_a_decoders_row_is_shared(source: int, target: int, kept_source: int, ke
 def test_an_encoder_decoder_has_room_for_each() -> None:
     tokenizer = PieceTokenizer()
     fields = {"source": "aaa" * 14, "target": "bbb" * 15}, {"source": "aaa" * 15, "target": "b"}
-    data = pairs(tokenizer, *fields, context=16, encoder_decoder=True)
+    data = pairs(tokenizer, *fields, context=16, sides=SIDES)
     assert [len(source) for source in data.sources] == [16, 16] and [len(t) for t in data.targets] == [16, 2]
     assert (data.cut, data.truncated) == (0, 1)
     with pytest.raises(UserError, match=r"f.jsonl: every reply is cut by the context of 16"):
-        pairs(tokenizer, {"source": "a", "target": "bbb" * 16}, context=16, encoder_decoder=True)
+        pairs(tokenizer, {"source": "a", "target": "bbb" * 16}, context=16, sides=SIDES)
 
 
 def test_pairs_to_predict_and_pairs_that_are_none() -> None:
-    data = pairs(PieceTokenizer(), {"source": "aaa"}, context=16, encoder_decoder=False)
+    data = pairs(PieceTokenizer(), {"source": "aaa"}, context=16, sides=None)
     assert len(data.sources[0]) == 3 and data.targets == [[]]
     with pytest.raises(UserError, match=r"f.jsonl:1: has no 'target', only 'source', 'goal'"):
         read_pairs(records({"source": "a", "goal": "b"}))

@@ -87,3 +87,6 @@ def test_special_tokens_end_a_text_or_are_banned_from_it() -> None:
     tokenizer = SimpleNamespace(vocab_size=20, document_id=2, end_id=3, sentinel_ids=[8, 9], special=special)
     assert stop_and_banned(tokenizer, ModelConfig(vocab_size=22)) == ({2, 3}, {0, 1, 4, 8, 9, 20, 21})
     assert stop_and_banned(tokenizer, ModelConfig(shape="encoder-decoder", vocab_size=20)) == ({2, 3}, {0, 1, 4})
+    bart = ModelConfig(shape="encoder-decoder", vocab_size=20)
+    assert stop_and_banned(tokenizer, bart, [2]) == ({2, 3}, {0, 1, 4})
+    assert stop_and_banned(tokenizer, bart, [3, 2]) == ({3}, {0, 1, 4})

@@ -1,12 +1,14 @@
 """What an imported BART writes is what Transformers writes: from the same ids on, for a source in the same frame."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minillm.commands.tasks import opened_means
 from minillm.config import UserError
@@ -160,3 +162,92 @@ def test_written_texts_begin_with_what_the_means_say(bart: tuple[Path, Any, Any]
         write(opened.model, one, source, max_new_tokens=TOKENS) for one in (means, replace(means, start=()))
     )
     assert texts != others
+
+
+PAIRS = [("def width(self", "who may withdraw"), ("class Account: numbers 1, 22", "a"), ("prose", "words, and more")]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in PAIRS))
+    return path
+
+
+def their_loss(theirs: Any, auto: Any) -> float:
+    """The mean over all labels, which begin and end with the tokenizer's own frame."""
+    read = auto([source for source, _ in PAIRS], padding=True, return_tensors="pt")
+    labels = auto([target for _, target in PAIRS], padding=True, return_tensors="pt")
+    targets = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        return theirs(input_ids=read["input_ids"], attention_mask=read["attention_mask"], labels=targets).loss.item()
+
+
+@pytest.mark.parametrize("forced", [BOS, None])
+def test_the_loss_of_a_pair_is_the_one_of_transformers(
+    forced: int | None, bart: tuple[Path, Any, Any], pairs: Path, tmp_path: Path, capsys
+) -> None:
+    """Also where nothing forces the <s> that its targets begin with."""
+    folder, theirs, auto = bart
+    copied = shutil.copytree(folder, tmp_path / "bart")
+    generation = json.loads((copied / "generation_config.json").read_text())
+    (copied / "generation_config.json").write_text(json.dumps(generation | {"forced_bos_token_id": forced}))
+    done = minillm(capsys, "evaluate", copied, "--task", "seq2seq", "--data", pairs, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["loss"] == pytest.approx(their_loss(theirs, auto), abs=1e-4)
+
+
+def test_a_finetuned_one_goes_on_with_the_same_frames(
+    bart: tuple[Path, Any, Any], pairs: Path, tmp_path: Path, capsys
+) -> None:
+    """Its first loss is Transformers', and an export of it begins as the import did."""
+    import transformers
+
+    folder, theirs, auto = bart
+    argv = ["--task", "seq2seq", "--data", pairs, "--val", pairs, "--steps", 1, "--train.batch", 2, "--optim.lr", 1e-9]
+    done = minillm(capsys, "finetune", folder, *argv, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    first = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    loss = next(line["loss"] for line in first if line.get("split") == "val")
+    assert loss == pytest.approx(their_loss(theirs, auto), abs=1e-4)
+    opened = open_model(tmp_path / "run")
+    assert opened.start == [EOS, BOS] and opened.frame == ([BOS], [EOS])
+    again = json.loads(minillm(capsys, "evaluate", tmp_path / "run", "--data", pairs, "--json").out)
+    assert again["loss"] == pytest.approx(loss, abs=1e-4)
+    assert minillm(capsys, "export", tmp_path / "run", "--out", tmp_path / "out").code == 0
+    exported = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
+    assert written(exported, auto, TEXTS, TOKENS) == written(theirs, auto, TEXTS, TOKENS)
+
+
+def test_a_prompt_is_read_in_the_frame_too(bart: tuple[Path, Any, Any], tmp_path: Path, capsys) -> None:
+    """`predict --task lm` says what `generate` says, and how much of a long text was not read."""
+    folder, *_ = bart
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    argv = ["--task", "lm", "--input", tmp_path / "texts.txt", "--max-new-tokens", TOKENS]
+    answers = [json.loads(line) for line in minillm(capsys, "predict", folder, *argv).out.splitlines()]
+    assert answers == [
+        {"prompt": prompt, "text": text}
+        for prompt, text in zip(TEXTS, generated(capsys, folder, "--temperature", 0), strict=True)
+    ]
+    (tmp_path / "texts.txt").write_text("1" * 60)
+    tokens = len(open_model(folder).tokenizer.encode("1" * 60))
+    (answer,) = [json.loads(line) for line in minillm(capsys, "predict", folder, *argv).out.splitlines()]
+    assert answer["unread_tokens"] == tokens - (48 - 2) > 0
+
+
+def test_a_text_goes_on_behind_a_mark_that_nothing_forces(bart: tuple[Path, Any, Any], tmp_path: Path, capsys) -> None:
+    """A BART without forced_bos_token_id says <s> of itself: that ends no text, and is no part of one."""
+    folder, theirs, auto = bart
+    copied = shutil.copytree(folder, tmp_path / "bart")
+    weights = load_file(copied / "model.safetensors")
+    weights["final_logits_bias"][0, BOS] = 4.0
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    generation = json.loads((copied / "generation_config.json").read_text())
+    (copied / "generation_config.json").write_text(json.dumps(generation | {"forced_bos_token_id": None}))
+    opened = type(theirs).from_pretrained(copied).eval()
+    read = auto(TEXTS, padding=True, return_tensors="pt")
+    inputs = {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"]}
+    ids = opened.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[:, 1:].tolist()
+    assert any(BOS in row for row in ids)
+    expected = auto.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert generated(capsys, copied, "--temperature", 0) == expected
