@@ -27,8 +27,8 @@ MUON = {"optim": {"name": "muon", "muon_lr": 0.002}}
 
 
 def values(*changes: dict[str, Any]) -> dict[str, Any]:
-    """Four steps of eight rows, in two passes on each of two ranks; a checkpoint in the middle and one at the end."""
-    chosen: dict[str, Any] = {"steps": 4, "micro": 2, "train": {"batch": 8, "eval_every": 2, "save_every": 2}}
+    """Twenty steps of eight rows, in two passes on each of two ranks; a checkpoint in the middle and one at the end."""
+    chosen: dict[str, Any] = {"steps": 20, "micro": 2, "train": {"batch": 8, "eval_every": 10, "save_every": 10}}
     for change in changes:
         chosen = merge(chosen, change)
     return chosen
@@ -73,7 +73,7 @@ def test_losses_are_those_of_one_process(tmp_path: Path, alone, size: int, optim
     assert norms(tmp_path) == pytest.approx(alone["norms of " + optimizer], rel=1e-4)  # Adam would forgive any factor
     if FSDP not in changes and HYBRID not in changes:  # gathered weights may lie otherwise in memory, and round so
         assert found[0] == alone[optimizer][0], "a validation adds up to the same number, whoever scored what"
-    folders = [checkpoint.resolve(tmp_path / "checkpoints" / f"step-{step}") for step in (2, 4)]
+    folders = [checkpoint.resolve(tmp_path / "checkpoints" / f"step-{step}") for step in (10, 20)]
     assert [(folder / "parts").is_dir() for folder in folders] == [any("parallel" in c["train"] for c in changes)] * 2
     assert (tmp_path / "logs" / "rank-1.log").read_text().count("validation") == 3
     assert not (tmp_path / "logs" / "rank-0.log").exists()
@@ -84,9 +84,9 @@ def test_a_checkpoint_of_two_is_read_by_one_and_by_four(tmp_path: Path, alone, c
     """What is loaded is what was saved, bit for bit, and what follows is what would have followed."""
     run(tmp_path, 2, *changes)
     for size in sizes:
-        shorten(tmp_path, 2)
+        shorten(tmp_path, 10)
         folder = checkpoint.resolve(tmp_path)
-        assert folder.name == "step-2"
+        assert folder.name == "step-10"
         state = checkpoint.load_state(folder)
         weights, moments, random, wrote = Ranks(size, resumed, tmp_path, values(*changes)).results()[0]
         assert same(weights, checkpoint.load_weights(folder))
