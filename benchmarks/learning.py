@@ -53,19 +53,16 @@ RUNGS: list[tuple[str, list[str]]] = [
     ("QK-norm", ["--model.attention.qk-norm"]),
     ("ReLU²", ["--model.mlp.kind", "relu2"]),
     ("untied head", ["--model.no-tied"]),
-    ("scaled start", ["--model.init", "scaled"]),
     ("normed embeddings with a rate of their own", ["--model.norm.embedding", "--optim.embedding-lr", "0.05"]),
     ("rates by width", ["--optim.lr", "6e-3", "--optim.transfer"]),
     ("falling to zero over 70 %", ["--optim.schedule", "wsd", "--optim.decay", "0.7", "--optim.final-lr", "0.0"]),
-    ("logit softcap 15", ["--model.softcap", "15.0"]),
-    ("embeddings mixed into each block", ["--model.speedrun.mix"]),
     ("n-gram embeddings, 2 to 4", ["--model.speedrun.ngrams", "4"]),
 ]  # fmt: skip
 CORPORA = ("tiny Shakespeare", "standard library")
 
 WIDTHS, WIDTH_STEPS = (64, 128, 256, 512), 60
 RATES = ("2e-3", "4e-3", "8e-3", "16e-3")
-ADAMW = [word for _, added in (RUNGS[0], *RUNGS[2:7]) for word in added]
+ADAMW = [word for _, added in (RUNGS[0], *RUNGS[2:6]) for word in added]
 """What the recipe is made of up to the rates by width, but with AdamW for all: Muon's step knows its matrix's shape."""
 
 XZ, A100, CPU = "xz -9", 1.4697, 1.58

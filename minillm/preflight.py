@@ -37,7 +37,6 @@ one of 0.85 s) tensors and buffers alone explain what is measured within 7 %: `m
 
 _PARTS = {  # the first word that is found in a module's name tells its part
     "ngram_embedding.project": "mlp",  # a product, unlike what else stands under embeddings
-    "mix": "norms",
     "head": "head",
     "position": "positions",
     "norm": "norms",

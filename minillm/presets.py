@@ -81,9 +81,9 @@ _LEARNER = {"layers": 4, "heads": 4, "dim": 128, "context": 128, "attention": {"
 _QUICK = {"optim": {"name": "muon", "lr": 2e-3, "schedule": "wsd"}, "train": {"batch": 32}}
 
 _SPEEDRUN = {  # everything that pays, whether or not published formats have a place for it
-    "layers": 4, "heads": 4, "dim": 256, "context": 256, "tied": False, "softcap": 15.0, "init": "scaled",
+    "layers": 4, "heads": 4, "dim": 256, "context": 256, "tied": False,
     "attention": {"qk_norm": True}, "mlp": {"kind": "relu2"}, "norm": {"embedding": True},
-    "speedrun": {"ngrams": 4, "mix": True},
+    "speedrun": {"ngrams": 4},
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -33,7 +33,8 @@ def learning(results: Path) -> str:
 def ladder(results: Path) -> str:
     """A line for each lever, added to those above: bits per byte on each corpus, and what it gained.
 
-    Beside it what the whole recipe loses where that lever alone is left out, with seed 1 as both were measured.
+    Beside it what the whole recipe loses where that lever alone is left out, with seed 1 as both were measured. Below
+    them the levers that were deleted, as the ladder of their time found them (rows that no run of today can write).
     """
     measured = [row for row in records.load(results / "learning.json") if not row["quick"]]
     rows = [row for row in measured if row["kernel"] == "ladder"]
@@ -51,6 +52,14 @@ def ladder(results: Path) -> str:
             line += [deviation(values) if values else "–", f"{mean - before[corpus]:+.3f}" if rung else ""]
             line += [_left_out(measured, corpus, rung, last)]
             before[corpus] = mean
+        body.append(line)
+    deleted = [row for row in measured if row["kernel"] == "deleted lever"]
+    for lever in dict.fromkeys(row["shape"]["lever"] for row in deleted):
+        line = [f"*{lever}: deleted*"]
+        for row in (row for row in deleted if row["shape"]["lever"] == lever):
+            change = statistics.mean(row["with"]) - statistics.mean(row["added_to"])
+            left_out = "" if row["left_out"] is None else f"{row['left_out'] - row['whole']:+.3f}"
+            line += [deviation(row["with"]), f"{change:+.3f}", left_out]
         body.append(line)
     header = ["lever", *(cell for corpus in corpora for cell in (f"{corpus}, bits per byte", "change", "left out"))]
     note = f"{rows[0]['tokens']:,} tokens a run; ± is the standard deviation over seeds, the others are one run each. "

@@ -111,8 +111,6 @@ class SpeedrunConfig:
     """Width of a table's rows."""
     ngram_dropout: float = 0.0
     """Share of the rows that training leaves out, each length by itself: for texts that are read several times."""
-    mix: bool = False
-    """Each block reads a · stream + b · embeddings, with a and b learned."""
 
     def __post_init__(self) -> None:
         check_types(self, "speedrun.")
@@ -161,9 +159,8 @@ class ModelConfig:
     """A bias on the logits (BERT, BART)."""
     softcap: float | None = None
     """Logits become softcap · tanh(logit / softcap)."""
-    init: Literal["normal", "xavier", "scaled"] = "normal"
-    """normal: N(0, init_std), what ends a half-block divided by sqrt(2 · layers) (GPT-2); xavier: Glorot's uniform;
-    scaled: by each matrix's width, what ends a half-block 0 (see model/initialize.py)."""
+    init: Literal["normal", "xavier"] = "normal"
+    """normal: N(0, init_std), what ends a half-block divided by sqrt(2 · layers) (GPT-2); xavier: Glorot's uniform."""
     init_std: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     mlp: MLPConfig = field(default_factory=MLPConfig)
@@ -207,9 +204,8 @@ class ModelConfig:
             not self.source_embedding or self.shape == "encoder-decoder",
             f"model.source_embedding needs model.shape=encoder-decoder, not {self.shape}",
         )
-        plain = not (self.speedrun.ngrams or self.speedrun.mix)
         require(
-            plain or (self.shape == "decoder" and self.norm.placement == "pre"),
+            not self.speedrun.ngrams or (self.shape == "decoder" and self.norm.placement == "pre"),
             "model.speedrun needs model.shape=decoder and norm.placement=pre",
         )
 

@@ -16,7 +16,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "softcap": (None,),
     "attention.softcap": (None,),
     "speedrun.ngrams": (0,),
-    "speedrun.mix": (False,),
 }
 _FULL_HEADS = {**_PLAIN, "attention.qk_norm": (False,), "attention.window": (None,), "mlp.kind": tuple(_ACTIVATIONS)}
 _LAYER_NORM: dict[str, tuple[Any, ...]] = {"norm.kind": ("layer",), "position.kind": ("learned",)}

@@ -26,7 +26,6 @@ class View:
     memory: Tensor | None = None  # [B, S, dim] output of the encoder
     memory_segments: Tensor | None = None  # [B, S]
     cache: KVCache | None = None
-    embedded: Tensor | None = None  # [B, T, dim] what the first block was given
     prefix: Tensor | None = None  # [layers, 2, G, P, D] trained keys and values in front of the row's own
     prefix_segments: Tensor | None = None  # [P] with `segments`: the document that each of them belongs to
 

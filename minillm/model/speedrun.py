@@ -1,6 +1,6 @@
-"""What only the speed recipe uses: two levers that lower the loss for almost no arithmetic.
+"""What only the speed recipe uses: hashed n-grams, which lower the loss for almost no arithmetic.
 
-N-grams: a Transformer spends its first layers and its first thousand steps on learning which few tokens follow which
+A Transformer spends its first layers and its first thousand steps on learning which few tokens follow which
 few. Tables say it at once: the last n tokens are hashed to a row, as a second to fourth embedding of a token beside its
 own (hashed n-grams: Svenstrup et al. 2017, arXiv:1709.03933; as a lever of training speed: modded-nanogpt, the value of
 a bigram). A look-up costs no product, and a table as much memory as its rows.
@@ -11,10 +11,7 @@ A long n-gram occurs few times in a small text, and then its row knows by heart 
 the rows is left out, each length by itself, so that a token must do with the shorter ones: as smoothed n-gram models
 fall back on these.
 
-Mixing in the embeddings: each block reads a · stream + b · x_0, with a and b learned, 1 and 0 at the start (x0 lambdas
-of modded-nanogpt): what the token was need not be carried through all blocks.
-
-B batch, T tokens, dim the stream's width, W that of a table's row. None of this has a place in published formats, so
+B batch, T tokens, dim the stream's width, W that of a table's row. Published formats have no place for the tables, so
 such a model is not exported.
 """
 
@@ -23,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
-from minillm.model.attention import View
-from minillm.model.block import PreNormBlock
 
 _MULTIPLIER, _MODULUS = 1_000_003, 2**31 - 1  # their product stays below 2⁶³: no overflow, the same row everywhere
 
@@ -62,17 +57,3 @@ class NgramEmbedding(nn.Module):
                 row = row * F.dropout(row.new_ones(row.shape[:2]), self.left_out).unsqueeze(-1)
             found.append(row)
         return self.project(torch.cat(found, -1))
-
-
-class MixingBlock(PreNormBlock):
-    """A block that reads a · stream + b · embeddings."""
-
-    def __init__(self, config: ModelConfig, layer: int, *, causal: bool, cross: bool):
-        super().__init__(config, layer, causal=causal, cross=cross)
-        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
-
-    def forward(self, new: Tensor, stream: Tensor, view: View) -> tuple[Tensor, Tensor]:
-        """new, stream [B, T, dim] as in `PreNormBlock`"""
-        assert view.embedded is not None
-        a, b = self.mix.unbind()
-        return super().forward(a * new + b * view.embedded, a * stream, view)

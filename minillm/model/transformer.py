@@ -22,7 +22,7 @@ from minillm.model.initialize import initialize
 from minillm.model.mlp import ACTIVATIONS
 from minillm.model.norm import build_norm
 from minillm.model.position import build_position, document_positions
-from minillm.model.speedrun import MixingBlock, NgramEmbedding, tokens_before
+from minillm.model.speedrun import NgramEmbedding, tokens_before
 
 
 class Front(nn.Module):
@@ -56,7 +56,7 @@ class Stack(nn.Module):
         self.embedding_norm = build_norm(config.dim, config.norm) if config.norm.embedding else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.pre_norm = config.norm.placement == "pre"
-        block = (MixingBlock if config.speedrun.mix else PreNormBlock) if self.pre_norm else PostNormBlock
+        block = PreNormBlock if self.pre_norm else PostNormBlock
         self.blocks = nn.ModuleList(block(config, i, causal=causal, cross=cross) for i in range(layers))
         self.final_norm = build_norm(config.dim, config.norm) if self.pre_norm else None
         self.checkpoint_activations = False
@@ -77,7 +77,6 @@ class Stack(nn.Module):
             x, at = self.front(x, at, view)
         view.rotation, view.slopes = self.position.rotation(at), self.position.slopes(x.device)
         x = self.dropout(self.embedding_norm(self.position.add(x, at)))
-        view.embedded = x
         if not self.pre_norm:
             for block in self.blocks:
                 x = self._run(block, x, view)

@@ -58,7 +58,7 @@ def test_each_rung_keeps_the_levers_below_it_and_its_options_are_known(tmp_path)
             assert before["shape"]["seed"] == after["shape"]["seed"]
     last = _parse(cases[-1][1])
     full = presets.settings("speedrun")
-    for where in ("tied", "init", "softcap", "speedrun"):  # the last rung is the preset, but for its size
+    for where in ("tied", "init", "speedrun"):  # the last rung is the preset, but for its size
         assert getattr(last.model, where) == getattr(full.model, where), where
     assert last.optim == full.optim
     assert (last.model.mlp.kind, last.model.attention) == (full.model.mlp.kind, full.model.attention)
@@ -97,7 +97,7 @@ def test_every_width_is_tried_at_every_rate_by_both_rules(tmp_path):
     assert len(tried) == len(cases) == len(learning.WIDTHS) * len(learning.RATES) * 2
     for args in cases:
         assert args.model.dim // args.model.heads == 32 and args.optim.name == "adamw"
-        assert (args.model.tied, args.model.init, args.optim.embedding_lr) == (False, "scaled", 0.05)
+        assert (args.model.tied, args.model.norm.embedding, args.optim.embedding_lr) == (False, True, 0.05)
 
 
 @pytest.mark.parametrize("part", ["short", "equal", "long", "default", "plain"])
@@ -181,10 +181,13 @@ def test_tables_and_figure_come_from_the_rows(tmp_path):
     rows = [PEER, goal("long", 1.46, 290, 300), *(rung(n, 3 - n / 8, seed) for n in (0, 1) for seed in (1, 2))]
     left_out = {"kernel": "without", "shape": {"corpus": "tiny Shakespeare", "rung": 1}, "bits_per_byte": 3.25}
     rows.append({**rung(1, 3.0), **left_out})
+    gone = {"kernel": "deleted lever", "shape": {"corpus": "tiny Shakespeare", "lever": "old"}, "added_to": [2.5, 2.7]}
+    rows.append({**rung(1, 3.0), **gone, "with": [2.75, 2.75], "whole": 2.0, "left_out": 1.9})
     (tmp_path / "learning.json").write_text(json.dumps(rows))
     assert "| 1.4600 in 290.0 s | met |" in tables.learning(tmp_path) and "nanoGPT: 1.9000" in tables.learning(tmp_path)
     table = tables.ladder(tmp_path)
     assert "| lever 0 | 3.000 ± 0.000 |  |  |" in table and "| + lever 1 | 2.875 ± 0.000 | -0.125 | +0.375 |" in table
+    assert "| *old: deleted* | 2.750 ± 0.000 | +0.150 | -0.100 |" in table
     assert draw_ladder(rows, tmp_path / "ladder.png").stat().st_size > 10_000
 
 

@@ -1,4 +1,4 @@
-"""The levers of the speed recipe: what an embedding of n tokens depends on, mixing by its formula, a start at ln V."""
+"""The lever of the speed recipe: what an embedding of n tokens depends on, and that it learns."""
 
 import math
 
@@ -8,19 +8,17 @@ import torch
 from minillm.config import TrainConfig, UserError, from_dict
 from minillm.data.batch import Batch
 from minillm.interop.writing import family_of
-from minillm.model.attention import View
-from minillm.model.block import PreNormBlock
 from minillm.model.cache import KVCache
-from minillm.model.speedrun import MixingBlock, NgramEmbedding, tokens_before
+from minillm.model.speedrun import NgramEmbedding, tokens_before
 from minillm.model.transformer import Transformer, call_block
 from minillm.training.objectives import training_objective
-from tests.model.configs import build, shake, small
+from tests.model.configs import build, small
 
-LEVERS = {"ngrams": 4, "ngram_rows": 64, "ngram_dim": 8, "mix": True}
+LEVERS = {"ngrams": 4, "ngram_rows": 64, "ngram_dim": 8}
 
 
 def speedrun(**changes):
-    return small(**{"tied": False, "init": "scaled", "norm": {"embedding": True}, "speedrun": LEVERS, **changes})
+    return small(**{"tied": False, "norm": {"embedding": True}, "speedrun": LEVERS, **changes})
 
 
 def test_what_stands_before_a_token_ends_with_its_text() -> None:
@@ -97,34 +95,6 @@ def test_the_cache_knows_what_stood_before() -> None:
             torch.testing.assert_close(out, torch.stack((whole[1, i], whole[0, i + 1])))
 
 
-def test_a_block_reads_stream_and_embeddings_in_its_proportions() -> None:
-    torch.manual_seed(5)
-    config = speedrun(position={"kind": "none"})
-    mixing = MixingBlock(config, 0, causal=True, cross=False).double()
-    shake(mixing)
-    plain = PreNormBlock(config, 0, causal=True, cross=False).double()
-    plain.load_state_dict(mixing.state_dict(), strict=False)
-    new, stream, embedded = torch.randn(3, 2, 7, 16, dtype=torch.float64)
-    mixing.mix.data = torch.tensor([0.5, 1.5], dtype=torch.float64)
-    ours = mixing(new, stream, View(embedded=embedded))
-    expected = plain(0.5 * (new + stream) + 1.5 * embedded, torch.zeros_like(stream), View())
-    torch.testing.assert_close(sum(ours), sum(expected))
-    assert MixingBlock(config, 0, causal=True, cross=False).mix.tolist() == [1.0, 0.0]
-
-
-@pytest.mark.parametrize("dim", [16, 64])
-def test_a_scaled_start_says_nothing_and_is_as_large_at_any_width(dim: int) -> None:
-    torch.manual_seed(6)
-    model = Transformer(speedrun(dim=dim, mlp={"kind": "relu2", "hidden_dim": 4 * dim}))
-    ids = torch.randint(29, (4, 16))
-    torch.testing.assert_close(model(ids), torch.zeros(4, 16, 29), rtol=0, atol=0)
-    x = torch.randn(500, dim)
-    q = model.decoder.blocks[0].attention.q_proj(x)
-    assert 0.4 < q.std().item() < 0.6
-    ends = [p for name, p in model.named_parameters() if name.endswith(("out_proj.weight", "down_proj.weight"))]
-    assert len(ends) == 4 and all((p == 0).all() for p in ends)
-
-
 def test_levers_need_a_pre_norm_decoder() -> None:
     for wrong in ({"shape": "encoder"}, {"norm": {"placement": "post"}}):
         with pytest.raises(UserError, match=r"model\.speedrun needs"):
@@ -133,12 +103,11 @@ def test_levers_need_a_pre_norm_decoder() -> None:
         from_dict(type(speedrun()), {"speedrun": {"ngrams": 1}})
 
 
-@pytest.mark.parametrize("lever", [{"ngrams": 4}, {"mix": True}])
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_no_published_format_has_a_place_for_a_lever(lever, position) -> None:
-    with pytest.raises(UserError, match=f"speedrun.{next(iter(lever))}"):
+def test_no_published_format_has_a_place_for_a_lever(position) -> None:
+    with pytest.raises(UserError, match=r"speedrun\.ngrams"):
         gpt2 = {"norm": {"kind": "layer"}, "mlp": {"kind": "gelu"}} if position == "learned" else {}
-        family_of(small(speedrun=lever, position={"kind": position}, **gpt2))
+        family_of(small(speedrun={"ngrams": 4}, position={"kind": position}, **gpt2))
 
 
 def test_only_training_goes_through_the_compiled_blocks() -> None:
@@ -172,7 +141,7 @@ def test_a_few_steps_learn_what_follows_what() -> None:
     batch = Batch(ids=ids[:, :-1], targets=ids[:, 1:], samples=tuple(range(16)))
     optimizer, objective = torch.optim.Adam(model.parameters(), lr=0.02), training_objective(TrainConfig())
     start = objective(model, batch).item() / batch.counted
-    assert start == pytest.approx(math.log(8), abs=1e-5)
+    assert start == pytest.approx(math.log(8), rel=0.02)
     for _ in range(25):
         optimizer.zero_grad()
         loss = objective(model, batch) / batch.counted
