@@ -1,6 +1,7 @@
 """Groups of real processes for a test: forked from one that has imported everything, so that each takes no time."""
 
 import importlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +24,7 @@ from minillm.cli import run as command
 from minillm.data.batch import Batch
 from minillm.training import checkpoint, parts, snapshot
 from minillm.training.distributed import Alone, join, whole
-from minillm.training.job import Job
+from minillm.training.job import Job, TrainingFailed
 from minillm.training.loop import train
 from minillm.training.optim import build_optimizers
 from minillm.training.signals import Signals
@@ -190,19 +192,35 @@ def resumed(rank: int, run: Path, values: dict[str, Any]) -> Any:
         return weights, moments, random, losses(run)
 
 
-def misbehaving(rank: int, run: Path, what: str, values: dict[str, Any]) -> None:
-    """Trains; in the third step rank 1 does `what`."""
+def misbehaving(rank: int, run: Path, what: str, values: dict[str, Any], at: int | None = 2) -> None:
+    """Begins a run, or goes on from its newest checkpoint; as rank 1 comes to the step after `at`, it does `what`."""
     with join() as team, Signals() as signals:
         team.log_to(run)
         work = spread_job(team, run, **values)
+        with team.lead_first():
+            folder = checkpoint.newest_valid(run, print) if team.lead else None
 
         def batch(step: int) -> Batch:
-            if rank == 1 and step == 2:
+            if rank == 1 and step == at:
                 DEEDS[what]()
             return work.batch(step)
 
-        outcome = train(replace(work, batch=batch), signals)
+        outcome = train(replace(work, batch=batch), signals, resume_from=team.share(folder))
     raise SystemExit(outcome.code)
+
+
+def poisoned(rank: int, run: Path, sample: int, values: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Trains with a loss that is NaN for one sample; why it fails, and the weights then."""
+    with join() as team:
+        work = spread_job(team, run, **values)
+
+        def objective(model: nn.Module, batch: Batch) -> Tensor:
+            loss = work.objective(model, batch)
+            return loss * math.nan if sample in batch.samples else loss
+
+        with pytest.raises(TrainingFailed) as failed:
+            train(replace(work, objective=objective), Signals())
+        return str(failed.value), {name: whole(x) for name, x in work.model.state_dict().items()}
 
 
 def _raise() -> None:
