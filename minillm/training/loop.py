@@ -168,7 +168,7 @@ class Loop:
             before = self.monitor.seconds
             if last or (progress.step % plan.eval_every == 0 and (plan.eval_first or progress.step > 0)):
                 self._validate()
-            if job.sample is not None and progress.step in (0, math.ceil(plan.steps / 4), plan.steps):
+            if job.sample is not None and progress.step in plan.sample_steps:
                 self._sample(job.sample)
             progress.line_seconds += self.monitor.seconds - before  # the log's tokens/s is that of training alone
             progress.chores_done = True

@@ -6,12 +6,13 @@ measured speed.
 """
 
 import copy
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from minillm import ops
 from minillm.config import DamagedFile, Settings, UserError
 from minillm.data.batch import Batch
 from minillm.training.distributed import ALONE, Alone
-from minillm.training.objectives import Objective
+from minillm.training.objectives import Objective, evaluate
 from minillm.training.optim import build_optimizers
+from minillm.training.units import watch_units
 
 BF16_WIDTH = 192
 """Narrower models spend their time between the matrix products, where bf16 only adds conversions."""
@@ -50,22 +52,36 @@ class Plan:
     seconds_per_step: float
     seconds_per_validation: float
     """Both measured before the run, on a copy of the model."""
+    seconds_per_sample: float = 0.0
+    """Of what the model writes for people; 0 where it does not."""
     eval_first: bool = True
     """Whether the model is validated before its first step, too."""
 
     @property
+    def sample_steps(self) -> tuple[int, ...]:
+        """After which steps the model writes something."""
+        return 0, math.ceil(self.steps / 4), self.steps
+
+    @property
     def seconds(self) -> float:
-        """What the run will take: steps and validations."""
+        """What the run will take: steps, validations and samples; writing checkpoints is not foreseen."""
         validations = self.eval_first + math.ceil(self.steps / self.eval_every)
-        return self.steps * self.seconds_per_step + validations * self.seconds_per_validation
+        return (
+            self.steps * self.seconds_per_step
+            + validations * self.seconds_per_validation
+            + len({*self.sample_steps}) * self.seconds_per_sample
+        )
 
 
 def known_plan(config: dict[str, Any], run: Path) -> Plan | None:
     """The plan that the config.json of a begun run holds. Raises `DamagedFile` where it is not complete."""
     known = config.get("plan")
     try:
-        known = known and {"eval_first": True, **known}  # runs have begun before there was a choice
-        return None if known is None else Plan(**{field.name: known[field.name] for field in fields(Plan)})
+        if known is None:
+            return None
+        # A run may have begun before there were the fields that have a default.
+        names = [field.name for field in fields(Plan) if field.default is MISSING or field.name in known]
+        return Plan(**{name: known[name] for name in names})
     except (KeyError, TypeError):
         raise DamagedFile(f"{run / 'config.json'} is damaged: its plan is not complete") from None
 
@@ -121,6 +137,7 @@ def make_plan(
     poll: Callable[[], None],
     team: Alone = ALONE,
     scoring: float = 0.0,
+    sampling: float = 0.0,
 ) -> Plan:
     """Decides what the settings left open.
 
@@ -129,6 +146,7 @@ def make_plan(
         validation_rows: rows of one whole validation, whose time `--minutes` includes.
         poll: called between measured steps; may raise.
         scoring: seconds that a validation takes besides its loss.
+        sampling: seconds that each of the samples takes.
     """
     dtype = choose_dtype(settings, device)
     steps, train, first = settings.steps, settings.train, True
@@ -138,9 +156,9 @@ def make_plan(
     validation = validation_rows / team.size * for_row + scoring
     if steps is None:
         time, share = 60 * settings.minutes, VALIDATING if train.patience is None else CHOOSING
-        # Where validations choose the best step, the model as it was is one of those to choose from.
+        # Where validations choose the best step, the untrained model is one of those to choose from.
         first = train.eval_every is not None or train.patience is not None or 2 * validation <= share * time
-        steps, eval_every = _steps_that_fit(time, seconds, validation, share, train.eval_every, first)
+        steps, eval_every = _steps_that_fit(time - 3 * sampling, seconds, validation, share, train.eval_every, first)
         save_every = min(eval_every, math.ceil(steps / SAVES))
     else:
         save_every = eval_every = train.eval_every or max(1, math.ceil(steps / 10))
@@ -158,6 +176,7 @@ def make_plan(
         log_every=train.log_every or max(1, steps // 100),
         seconds_per_step=seconds,
         seconds_per_validation=validation,
+        seconds_per_sample=sampling,
         eval_first=first,
     )
 
@@ -184,20 +203,19 @@ def _measure(
     poll: Callable[[], None],
     team: Alone,
 ) -> tuple[float, float]:
-    """Seconds of a training step, and of the forward pass of one row; on a copy, so that nothing has moved after."""
+    """Seconds of a training step, and of validating one row; on a copy, so that nothing has moved after."""
     trial = copy.deepcopy(model)
     call = team.spread(trial, settings.train)
     optimizers = build_optimizers(trial, settings.optim, muon=team.muon)
     context = autocast(device.type, dtype)
-    rows = batch(0).to(device)
-
-    def forward(part: Batch) -> torch.Tensor:
-        with context():
-            return call(objective, trial, part) / max(1, rows.counted)
+    numbers = itertools.count()
 
     def step() -> None:
+        rows = batch(next(numbers)).to(device)
         for micro in rows.split(micro_batch):
-            forward(micro).backward()
+            with context():
+                loss = call(objective, trial, micro) / max(1, rows.counted)
+            loss.backward()
             poll()
         torch.nn.utils.clip_grad_norm_(trial.parameters(), 1.0)
         for optimizer in optimizers:
@@ -205,7 +223,10 @@ def _measure(
             optimizer.zero_grad(set_to_none=True)
 
     def seconds(work: Callable[[], object], at_least: int, budget: float) -> float:
-        """Median of several runs, the first one (allocation, code generation) left out."""
+        """Mean of several runs, the first one (allocation, code generation) left out.
+
+        The mean, since a run is a sum: where others use the machine too, some steps take twice as long as most.
+        """
         times: list[float] = []
         while len(times) <= at_least or (sum(times) < budget and len(times) < 50):
             start = time.perf_counter()
@@ -213,11 +234,11 @@ def _measure(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(team.slowest(time.perf_counter() - start))
-        return sorted(times[1:])[len(times[1:]) // 2]
+        return sum(times[1:]) / len(times[1:])
 
     budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned
     training = seconds(step, 3, budget)
-    with torch.no_grad():
-        part = next(rows.split(micro_batch))
-        scoring = seconds(lambda: forward(part), 2, budget / 4)
+    part = next(batch(0).to(device).split(micro_batch))
+    with watch_units(trial):
+        scoring = seconds(lambda: evaluate(trial, [part], context, poll, partial(call, objective)), 2, budget / 4)
     return training, scoring / len(part.samples)

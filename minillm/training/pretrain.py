@@ -5,6 +5,7 @@ shards -> loader -> batches        settings -> model, optimizers -> plan -> loop
 
 import math
 import platform
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -174,10 +175,19 @@ def _plan(work: Pretraining, model: Transformer, device, batch, objective, micro
             validation_rows=rows,
             poll=partial(work.team.poll, signals, midway=True),
             team=work.team,
+            sampling=_sampling(work, model),
         )
         plan = work.team.share(plan)
     _keep_plan(work, plan)
     return plan
+
+
+def _sampling(work: Pretraining, model: Transformer) -> float:
+    """Seconds of one sample, as the untrained model writes it."""
+    began = time.perf_counter()
+    for _ in () if work.sample is None else work.sample(model, 0):
+        pass
+    return time.perf_counter() - began
 
 
 def _keep_plan(work: Pretraining, plan: Plan, **predicted: Any) -> None:

@@ -1,6 +1,6 @@
 """How a run's minutes are shared out, and how a plan is read back."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +9,7 @@ from minillm.config import DamagedFile, Settings, from_dict
 from minillm.training import finetune, plan
 from minillm.training.distributed import ALONE
 from minillm.training.plan import VALIDATING, Plan, known_plan, make_plan
+from tests.training.jobs import job
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,39 @@ def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float
         assert 2 * validations <= VALIDATING * 60 * minutes
 
 
+def test_samples_are_a_part_of_the_minutes(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "_measure", lambda *args: (1.0, 0.02))
+    settings = from_dict(Settings, {"minutes": 2, "model": {"vocab_size": 64}})
+    found = make_plan(
+        settings, model=None, device=plan.torch.device("cpu"), micro_batch=8, objective=None, batch=None,
+        validation_rows=100, poll=lambda: None, team=ALONE, sampling=3.0,
+    )  # fmt: skip
+    assert found.sample_steps == (0, 27, 107) and found.seconds == 107 + 2 * 2 + 3 * 3 == 120
+    one = replace(found, steps=1, eval_every=1)
+    assert one.seconds == 1 + 2 * 2 + 2 * 3  # the first quarter of one step is its end
+
+
+def test_a_step_is_timed_with_its_data_as_the_mean_of_all_but_the_first(monkeypatch, tmp_path) -> None:
+    work, asked = job(tmp_path), []
+    ticks = [9, 1, 1, 4, 5, 2, 4]  # seconds: four steps, three validations of a micro-batch of two
+    clock = iter([at for tick in ticks for at in (0.0, float(tick))])
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    def batch(step: int):
+        asked.append(step)
+        return work.batch(step)
+
+    before = {name: x.clone() for name, x in work.model.state_dict().items()}
+    settings = replace(work.settings, steps=8)
+    found = make_plan(
+        settings, model=work.model, device=plan.torch.device("cpu"), micro_batch=2, objective=work.objective,
+        batch=batch, validation_rows=40, poll=lambda: None,
+    )  # fmt: skip
+    assert (found.seconds_per_step, found.seconds_per_validation) == (2.0, 40 / 2 * 3.0)
+    assert asked == [0, 1, 2, 3, 0]
+    assert all(plan.torch.equal(x, before[name]) for name, x in work.model.state_dict().items())
+
+
 def test_a_begun_runs_plan_is_read_back_whole_or_not_at_all(tmp_path):
     begun = Plan(
         device="cpu", dtype="fp32", kernels="torch", compile=False, threads=1, micro_batch=2, steps=7, eval_every=3,
@@ -45,7 +79,7 @@ def test_a_begun_runs_plan_is_read_back_whole_or_not_at_all(tmp_path):
     )  # fmt: skip
     kept = {**asdict(begun), "parameters": 5}
     assert known_plan({"plan": kept}, tmp_path) == begun and known_plan({}, tmp_path) is None
-    del kept["eval_first"]  # as runs have it that were begun before there was a choice
+    del kept["eval_first"], kept["seconds_per_sample"]  # as runs have it that were begun before there were these
     assert known_plan({"plan": kept}, tmp_path) == begun
     del kept["steps"]
     with pytest.raises(DamagedFile, match=r"config.json is damaged: its plan is not complete"):

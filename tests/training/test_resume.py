@@ -131,7 +131,7 @@ def test_killed_before_its_data_was_ready(capsys, whole) -> None:
     assert resume(capsys, run).code == 0
     assert losses(run) == losses(expected)
     again = json.loads((run / "config.json").read_text())
-    measured = ("seconds_per_step", "seconds_per_validation", "predicted_seconds")
+    measured = ("seconds_per_step", "seconds_per_validation", "seconds_per_sample", "predicted_seconds")
     for plan in (again["plan"], config["plan"]):
         for name in measured:
             plan.pop(name, None)

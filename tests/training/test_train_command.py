@@ -134,14 +134,15 @@ def test_half_precision_trains_like_fp32(capsys, text: Path, tmp_path: Path, dty
 
 
 def test_minutes_become_steps(capsys, text: Path, tmp_path: Path, monkeypatch) -> None:
-    """Steps of 0.2 s: what is left of six seconds after validations, six of them, or fewer where they are dear."""
-    for for_row, validations in ((0.001, 6), (0.04, 2)):
+    """Steps of 0.2 s: what six seconds leave after three samples and six validations, or one where they are dear."""
+    for for_row, validations in ((0.001, 6), (0.04, 1)):
         monkeypatch.setattr("minillm.training.plan._measure", lambda *_, for_row=for_row: (0.2, for_row))
         run = tmp_path / f"run-{validations}"
         assert train(capsys, "--data", text, "--out", run, *TINY, "--minutes", "0.1").code == 0
         config = json.loads((run / "config.json").read_text())
         rows = -(-config["corpus"]["val_tokens"] // 16)
-        assert config["plan"]["steps"] == int((6 - validations * rows * for_row) / 0.2) > 2
+        left = 6 - 3 * config["plan"]["seconds_per_sample"] - validations * rows * for_row
+        assert config["plan"]["steps"] == int(left / 0.2) > 2 and config["plan"]["seconds_per_sample"] > 0
         assert len(lines(run, "val")) == validations
         assert config["plan"]["save_every"] == -(-config["plan"]["steps"] // 5)
         assert config["settings"]["minutes"] == 0.1 and config["settings"]["steps"] is None
