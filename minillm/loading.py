@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config import DamagedFile, ModelConfig, UserError, from_dict
-from minillm.interop.folder import is_hf
+from minillm.interop.folder import is_hf, refuse_adapter
 from minillm.model.heads import HeadConfig, TaskModel
 from minillm.model.transformer import Transformer
 from minillm.peft.config import MethodConfig
@@ -81,6 +81,7 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu", merge: b
     Args:
         merge: LoRA and AdaLoRA are folded into the weights; else they stay in the model, beside these.
     """
+    refuse_adapter(Path(path))
     if is_hf(Path(path)):
         from minillm.interop import hf
 

@@ -93,8 +93,20 @@ def test_nothing_left_to_hold_out_is_refused() -> None:
     found = examples(task, [{"text": f"t {n}", "label": f"only {n}"} for n in range(12)])
     with pytest.raises(UserError, match=r"f\.jsonl: 12 examples cannot be divided so that every label occurs"):
         divide(task, found, seed=1)
-    with pytest.raises(UserError, match="one example cannot be divided"):
+    with pytest.raises(UserError, match=r"f\.jsonl: one example cannot be divided"):
         divide(task, found[:1], seed=1)
+
+
+def test_a_label_of_one_example_does_not_keep_few_from_being_divided() -> None:
+    """Where it would be the one held out, another is."""
+    task = TASKS["classify"]()
+    found = examples(task, [{"text": f"t {n}", "label": "rare" if n == 3 else "often"} for n in range(10)])
+    held = []
+    for seed in range(30):
+        parts = divide(task, found, seed=seed)
+        assert len(parts.train) == 9 and {e.label for e in parts.val} == {("often",)}
+        held += parts.val
+    assert len({e.text for e in held}) > 5
 
 
 def test_the_scale_is_that_of_the_training_part(

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from minillm.config import ModelConfig, UserError
+from minillm.data.records import Record
 from minillm.inference.beam import beam_search
 from minillm.inference.generate import generate
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
 from minillm.loading import load
+from minillm.tasks.catalogue import TASKS
+from minillm.tasks.task import Means
+from tests.data.task_tokenizer import PieceTokenizer
 from tests.finetuning import FAST, base, lines, minillm, records
 from tokenizer.chat import encode_chat
 
@@ -149,6 +154,47 @@ def test_an_input_beyond_the_context_is_answered_and_says_so(
     assert "note: 1 of 2 inputs do not fit the context of 48 tokens" in done.err
 
 
+def test_a_text_beyond_the_context_gets_its_label_and_vector_and_says_so(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, tokenizer = load(encoder)
+    long = "the quick fox " * 40
+    lost = len(tokenizer.encode(long)) + 2 - 48
+    (tmp_path / "ask.TXT").write_text(f"the fox\n\n{long}\n")  # an empty line is no input, whatever the case of .txt
+    for task in ("classify", "regress"):
+        (tmp_path / task).mkdir()
+        run = tuned(encoder, task, tmp_path / task, capsys, steps=1)
+        done = minillm(capsys, "predict", run, "--input", tmp_path / "ask.TXT")
+        assert [answer.get("unread_tokens") for answer in rows(done.out)] == [None, lost]
+        assert "note: 1 of 2 inputs do not fit the context of 48 tokens" in done.err
+    done = minillm(capsys, "embed", encoder, "--input", tmp_path / "ask.TXT")
+    assert [row["text"] for row in rows(done.out)] == ["the fox", long]
+    assert done.err == "note: the context of 48 tokens cuts the end of 1 of 2 texts\n"
+    one = lines(tmp_path / "one.jsonl", [{"text": "the fox", "label": 2.0}])
+    found = json.loads(minillm(capsys, "evaluate", run, "--data", one, "--json").out)
+    (answer,) = rows(minillm(capsys, "predict", run, "--input", one).out)
+    assert found["mae"] == found["rmse"] == pytest.approx(abs(answer["label"] - 2.0)) and found["pearson"] is None
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_with_its_line() -> None:
+    task = TASKS["lm"]()
+    asked = task.examples([Record("f.txt:1", {"text": "aaa"}), Record("f.txt:2", {"text": "☃"})], labelled=False)
+    means = Means(PieceTokenizer(), ModelConfig(vocab_size=9), encode_chat)
+    with pytest.raises(UserError, match=r"f\.txt:2: the snowman is not in the vocabulary"):
+        list(task.answers(torch.nn.Identity(), asked, means))
+
+
+def test_what_stays_in_a_model_beside_its_weights_is_not_finetuned_again(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = lines(tmp_path / "data.jsonl", records("chat"))
+    argv = ["--task", "chat", "--data", data, "--steps", 1, *FAST]
+    assert minillm(capsys, "finetune", decoder, *argv, "--method", "prefix", "--out", tmp_path / "run").code == 0
+    done = minillm(capsys, "finetune", tmp_path / "run", *argv, "--out", tmp_path / "again")
+    assert done.code == 2 and not (tmp_path / "again").exists()
+    assert f"method=prefix, which stays in it beside its weights; finetune {decoder}, or what full" in done.err
+
+
 def test_a_long_conversation_forgets_its_oldest_turns(
     decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +203,10 @@ def test_a_long_conversation_forgets_its_oldest_turns(
     assert talk.code == 0 and talk.out.count("\n") >= 6
     monkeypatch.setattr("sys.stdin", io.StringIO("jumps over the lazy dog " * 20))
     talk = minillm(capsys, "chat", decoder)
-    assert talk.code == 2 and "the model's context 48: say it in fewer words" in talk.err
+    assert talk.code == 2 and "error: this turn has" in talk.err
+    assert "the model's context 48: say it in fewer words" in talk.err
+    talk = minillm(capsys, "chat", decoder, "--system", "jumps over the lazy dog " * 20)
+    assert talk.code == 2 and "error: the system message and this turn have" in talk.err
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "last"])
@@ -212,6 +261,7 @@ def test_a_plain_decoder_is_scored_as_a_language_model(
         ("predict", ["--task", "chat", "--input", "{wrong}"], "has neither 'messages' nor 'instruction'"),
         ("predict", ["--task", "preference", "--input", "{prompts}"], "message 0 has no 'content'; give both"),
         ("embed", ["--input", "x.jsonl"], "x.jsonl does not exist"),
+        ("embed", ["--input", "."], ". is a folder; give a data file"),
     ],
 )
 def test_what_a_model_cannot_do_is_said_in_one_line(
@@ -226,3 +276,5 @@ def test_what_a_model_cannot_do_is_said_in_one_line(
 def test_an_encoder_does_not_chat(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = minillm(capsys, "chat", encoder)
     assert done.code == 2 and "does not write replies" in done.err
+    done = minillm(capsys, "evaluate", encoder, "--data", "x.jsonl")
+    assert done.code == 2 and "name one with --task: lm; or finetune it for one" in done.err

@@ -108,7 +108,8 @@ def fits(talk: list[dict[str, str]], means: Means) -> tuple[list[dict[str, str]]
         elif len(ids) < means.room:
             return kept, ids
         else:
-            raise UserError(f"this turn has {len(ids)} tokens, the model's context {means.room}: say it in fewer words")
+            what = "the system message and this turn have" if first else "this turn has"
+            raise UserError(f"{what} {len(ids)} tokens, the model's context {means.room}: say it in fewer words")
 
 
 def reply(

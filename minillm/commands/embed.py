@@ -9,6 +9,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from minillm.commands.running import say
 from minillm.commands.tasks import opened_means
 from minillm.config import UserError
 from minillm.data.batch import Batch
@@ -37,13 +38,16 @@ class Args:
 def main(argv: list[str]) -> int:
     args = tyro.cli(Args, prog="minillm embed", description=__doc__, args=argv)
     device = choose_device(args.device)
-    records = [r for r in read_records(args.input) if args.input.suffix != ".txt" or r.fields["text"].strip()]
+    records = [r for r in read_records(args.input) if args.input.suffix.lower() != ".txt" or r.fields["text"].strip()]
     if not records:
         raise UserError(f"{args.input} is empty: give one text a line")
     examples = read_classify(records, labelled=False)
     opened = open_model(args.model, device=device)
     means = opened_means(opened)
     data = TextData(examples, None, means.tokenizer, context=means.room, token_types=means.config.token_types > 1)
+
+    if data.truncated:
+        say(f"note: the context of {means.room} tokens cuts the end of {data.truncated} of {len(data)} texts")
 
     def compute(model: Any, batch: Batch) -> Tensor:
         return embed(model, batch, args.pool, normalize=args.normalize)

@@ -38,13 +38,22 @@ def _task(name: str, options: dict[str, Any]) -> Any:
 
 
 def begin_with(model: str | Path, scratch: int | None) -> Any:
-    """The model to finetune, opened; with `scratch`, a seed, one of its shape with random weights in its place."""
+    """The model to finetune, opened; with `scratch`, a seed, one of its shape with random weights in its place.
+
+    Raises `UserError` for a model with a method in it that cannot be folded into its weights.
+    """
     import torch
 
     from minillm.loading import open_model
     from minillm.model.transformer import Transformer
 
     opened = open_model(model)
+    if opened.adapted is not None and (opened.adapted.fronts or opened.adapted.grown):
+        method, base = opened.adapted.config.method, opened.config.get("base", {}).get("model", "its base")
+        raise UserError(
+            f"{model} was finetuned with method={method}, which stays in it beside its weights; finetune {base}, "
+            "or what full, freeze, lora or adalora made of it"
+        )
     if scratch is None:
         return opened
     torch.manual_seed(scratch)

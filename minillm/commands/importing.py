@@ -9,6 +9,7 @@ import tyro
 
 from minillm import __version__
 from minillm.config import UserError, to_dict
+from minillm.interop.folder import refuse_adapter
 from minillm.interop.hf import build, is_hf, load_hf
 from minillm.peft.config import MethodConfig
 from minillm.training import checkpoint
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(Args, prog="minillm import", description=__doc__, args=argv)
     if not args.folder.is_dir():
         raise UserError(f"{args.folder} is no folder; give one with config.json, model.safetensors and a tokenizer")
+    refuse_adapter(args.folder)
     if (args.folder / "config.json").is_file() and not is_hf(args.folder):
         raise UserError(f"{args.folder} is no model in Hugging Face's format: its config.json names no model_type")
     found, tokenizer = load_hf(args.folder)

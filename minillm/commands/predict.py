@@ -1,7 +1,7 @@
 """`minillm predict MODEL --input FILE`: one line of JSON for each input.
 
 classify  label, scores     regress  label     tag  tags, entities     span-qa  answer     seq2seq  target
-chat, preference  reply     lm  text     (of these four also unread_tokens, where the input is longer than the context)
+chat, preference  reply     lm  text     (all but tag and span-qa: unread_tokens too, where the context is too short)
 """
 
 import json
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 def inputs(task: Task, path: Path) -> list[Any]:
     """The examples of a file, labels neither asked for nor read. Raises `UserError` with file and line."""
-    if path.suffix != ".txt":
+    if path.suffix.lower() != ".txt":
         return task.read(path, labelled=False)
     key = {"seq2seq": "source", "chat": "instruction", "preference": "instruction"}.get(task.name, "text")
     if task.name == "span-qa":

@@ -19,6 +19,7 @@ from minillm.tasks.task import Means, Task
 from minillm.training.keeping import OldText
 from tokenizer.chat import encode_chat
 
+WITHOUT_HEAD = ("lm", "chat", "seq2seq", "preference")
 TaskName = Literal["lm", "chat", "classify", "tag", "span-qa", "seq2seq", "regress", "preference"]
 
 
@@ -65,11 +66,13 @@ def task_of(opened: Opened, name: str | None) -> Task:
     known = section["name"] if section else None
     if known is not None and name in (None, known):
         return known_task(section)
+    shape = opened.transformer.config.shape
     if name is None:
-        raise UserError("this model was finetuned for no task; name one with --task: lm, chat, seq2seq, preference")
+        there = ", ".join(other for other in WITHOUT_HEAD if shape in TASKS[other]().shapes)
+        raise UserError(f"this model was finetuned for no task; name one with --task: {there}; or finetune it for one")
     if section is not None and section["head"] is not None:
-        raise UserError(f"this model was finetuned for {known}; evaluate it with --task {known}, or leave --task out")
-    if name in ("classify", "regress", "tag", "span-qa"):
+        raise UserError(f"this model was finetuned for {known} and does nothing else; leave --task out")
+    if name not in WITHOUT_HEAD:
         raise UserError(f"this model has no head for {name}; finetune it first: minillm finetune MODEL --task {name}")
     task = TASKS[name]()
     task.check(opened.transformer.config)

@@ -8,6 +8,7 @@ B rows, L labels.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from minillm.config import UserError
 from minillm.data.batch import IGNORED, Batch
 from minillm.data.records import Record
 from minillm.data.tasks import TaskTokenizer, encode, source_of, text_batch
+
+_LARGEST = 1e150  # squares of larger ones are infinite
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def _number(record: Record) -> float:
 
 
 def label_set(examples: Sequence[TextExample]) -> Labels:
-    """The labels of training data, sorted; numbers by value. Raises `UserError` where there is only one."""
+    """The labels of training data, sorted; whole numbers by value. Raises `UserError` where there is only one."""
     multi = any(isinstance(example.record.fields.get("label"), list) for example in examples)
     names = {name for example in examples for name in example.names}
     source = source_of([example.record for example in examples])
@@ -125,8 +129,8 @@ def label_set(examples: Sequence[TextExample]) -> Labels:
             f"{source}: all {len(examples)} examples have the label {next(iter(names), None)!r}; "
             "a classifier needs two classes or more"
         )
-    numbers = all(name.lstrip("-").isdigit() for name in names)
-    return Labels(tuple(sorted(names, key=int if numbers else str)), multi)
+    numbers = all(_WHOLE.fullmatch(name) for name in names)
+    return Labels(tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name))), multi)
 
 
 def classify_targets(examples: Sequence[TextExample], labels: Labels) -> np.ndarray:
@@ -157,9 +161,11 @@ class Scale:
     def of(cls, examples: Sequence[TextExample]) -> "Scale":
         """Raises `UserError` where all labels are equal."""
         values = np.array([example.label for example in examples], np.float64)
-        if not values.std() > 0:
-            source = source_of([example.record for example in examples])
+        source = source_of([example.record for example in examples])
+        if (values == values[0]).all():
             raise UserError(f"{source}: all {len(values)} labels are equal, which leaves nothing to learn")
+        if np.abs(values).max() > _LARGEST or not values.std() > 0:
+            raise UserError(f"{source}: the labels lie too far apart, or too close, for numbers; give another unit")
         return cls(float(values.mean()), float(values.std()))
 
     def targets(self, examples: Sequence[TextExample]) -> np.ndarray:
@@ -197,19 +203,24 @@ class TextData:
         self.targets = np.full(len(self.examples), IGNORED) if targets is None else targets
         self.rows: list[list[int]] = []
         self.types: list[list[int]] | None = [] if token_types else None
-        self.truncated = 0
+        self.lost: list[int] = []
+        """Tokens of each example that do not fit."""
         for example in self.examples:
             first = encode(tokenizer, example.record, example.text)
             second = [] if example.pair is None else encode(tokenizer, example.record, example.pair)
             room = context - 2 - (example.pair is not None)
             if room < 2:
                 raise UserError(f"a context of {context} leaves no room for a text; take a model with a longer one")
-            self.truncated += len(first) + len(second) > room
+            self.lost.append(max(0, len(first) + len(second) - room))
             first, second = _fit(first, second, room)
             tail = [] if example.pair is None else [*second, tokenizer.end_id]
             self.rows.append([tokenizer.document_id, *first, tokenizer.end_id, *tail])
             if self.types is not None:
                 self.types.append([0] * (len(first) + 2) + [1] * len(tail))
+
+    @property
+    def truncated(self) -> int:
+        return sum(lost > 0 for lost in self.lost)
 
     def __len__(self) -> int:
         return len(self.rows)

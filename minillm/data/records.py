@@ -75,9 +75,11 @@ def read_records(path: str | Path, *, text_key: str = "text") -> list[Record]:
     """
     name = str(path)
     parse = next((parse for ending, parse in _PARSERS.items() if name.lower().endswith(ending)), None)
-    if parse is None:
+    if parse is None and not Path(path).is_dir():
         raise UserError(f"{name}: data files end in {' '.join(_PARSERS)}; rename it after what it holds")
-    found = list(parse(name, read_text(path), text_key))
+    text = read_text(path)
+    assert parse is not None  # a folder is no text
+    found = list(parse(name, text, text_key))
     if not found:
         raise UserError(f"{name} holds no record; give a file with examples")
     return found

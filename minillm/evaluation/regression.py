@@ -9,13 +9,13 @@ import numpy as np
 def regression_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """pearson and spearman (NaN where a side is constant, as in scipy), rmse and mae in the labels' unit; [N] each.
 
-    Raises ValueError for different lengths, fewer than two numbers, or a number that is not finite.
+    Raises ValueError for different lengths, no number at all, or a number that is not finite.
     """
     truth, predicted = np.asarray(truth, np.float64), np.asarray(predicted, np.float64)
     if truth.shape != predicted.shape or truth.ndim != 1:
         raise ValueError(f"truth has the shape {truth.shape}, but the predictions {predicted.shape}; give [N] of each")
-    if len(truth) < 2:
-        raise ValueError("a correlation needs two examples or more")
+    if not len(truth):
+        raise ValueError("there is no example to score")
     if not (np.isfinite(truth).all() and np.isfinite(predicted).all()):
         raise ValueError("a number is NaN or infinite; nothing can be correlated with it")
     error = predicted - truth

@@ -30,6 +30,16 @@ def is_hf(folder: Path) -> bool:
     )
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raises `UserError` where `folder` holds what a method learned without the model that it goes into."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        run = folder.resolve().parent
+        remedy = "merge it into its base with PEFT (merge_and_unload), save that, and give the folder"
+        if (run / "checkpoints").is_dir():
+            remedy = f"give the run that it is of, {folder.parent}"
+        raise UserError(f"{folder} holds an adapter, which is no model by itself; {remedy}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError` where the file is missing, `DamagedFile` where it is no JSON object."""
     try:

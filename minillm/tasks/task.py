@@ -104,25 +104,32 @@ class Task(ABC):
 
         Raises `UserError` where that leaves nothing to hold out.
         """
+        for parts in self._divided(examples, count, seed):
+            if all(held for _, held in parts):
+                return parts
+        raise _indivisible(examples)
+
+    def hold_out(self, examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+        """The first of the folds that leaves something to hold out: (examples to train on, a seeded share held out),
+        one example or more on each side."""
+        if len(examples) < 2:
+            source = source_of([example.record for example in examples])
+            raise UserError(f"{source}: one example cannot be divided; give more, or name validation data with --val")
+        for parts in self._divided(examples, min(max(2, round(1 / share)), len(examples)), seed):
+            for train, held in parts:
+                if held:
+                    return train, held
+        raise _indivisible(examples)
+
+    def _divided(self, examples: Sequence[Any], count: int, seed: int) -> Iterator[list[tuple[list[Any], list[Any]]]]:
+        """The folds, those first that keep together what the model cannot tell apart."""
         number: dict[Hashable, int] = {}
         groups = np.array([number.setdefault(self.given(example), len(number)) for example in examples])
         classes, names = self.classes(examples), [self.names(example) for example in examples]
         for together in [groups, None] if len(number) >= DISTINCT * count else [None]:
             parts = k_folds(len(examples), count, seed=seed, classes=classes, groups=together)
             parts = [learnable(part, names) for part in parts]
-            if all(len(held) for _, held in parts):
-                return [([examples[i] for i in train], [examples[i] for i in held]) for train, held in parts]
-        source = source_of([example.record for example in examples])
-        raise UserError(
-            f"{source}: {len(examples)} examples cannot be divided so that every label occurs in training; "
-            "give more examples of each label, or name validation data with --val"
-        )
-
-    def hold_out(self, examples: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-        """One of the folds: (examples to train on, a seeded share held out), one example or more on each side."""
-        if len(examples) < 2:
-            raise UserError("one example cannot be divided; give more, or name validation data with --val")
-        return self.folds(examples, min(max(2, round(1 / share)), len(examples)), seed)[0]
+            yield [([examples[i] for i in train], [examples[i] for i in held]) for train, held in parts]
 
     def info(self) -> dict[str, Any]:
         """What `fit` found, as JSON."""
@@ -223,3 +230,16 @@ def spelt_bytes(data: TaskData, tokenizer: Any) -> tuple[int, int]:
             targets += len(ids)
             spelt += len(tokenizer.decode(ids).encode())
     return targets, spelt
+
+
+def _indivisible(examples: Sequence[Any]) -> UserError:
+    source = source_of([example.record for example in examples])
+    return UserError(
+        f"{source}: {len(examples)} examples cannot be divided so that every label occurs in training; "
+        "give more examples of each label, or name validation data with --val"
+    )
+
+
+def unread(tokens: int) -> dict[str, int]:
+    """What an answer says of an input that is longer than the context: how many tokens of it the model never saw."""
+    return {"unread_tokens": tokens} if tokens else {}

@@ -28,7 +28,7 @@ from minillm.evaluation.classification import (
 )
 from minillm.evaluation.regression import regression_scores
 from minillm.model.heads import HeadConfig, pooled_head
-from minillm.tasks.task import Means, Task, outputs
+from minillm.tasks.task import Means, Task, outputs, unread
 from minillm.training.objectives import Objective, label_loss, labels_loss, number_loss
 
 UNBALANCED = 2.0
@@ -157,14 +157,15 @@ class Classify(Task):
     def answers(
         self, model: nn.Module, examples: Sequence[TextExample], means: Means, **options: Any
     ) -> Iterator[dict]:
-        p = self.probabilities(model, self.data(examples, means, labelled=False))
-        for example, row, decided in zip(examples, p, self.decide(p, model), strict=True):
+        data = self.data(examples, means, labelled=False)
+        p = self.probabilities(model, data)
+        for example, row, decided, lost in zip(examples, p, self.decide(p, model), data.lost, strict=True):
             names = self.labels.names
             label: Any = (
                 names[decided] if not self.labels.multi else [n for n, d in zip(names, decided, strict=True) if d]
             )
             scores = {name: float(value) for name, value in zip(names, row, strict=True)}
-            yield {**_shown(example), "label": label, "scores": scores}
+            yield {**_shown(example), "label": label, "scores": scores} | unread(lost)
 
 
 class Regress(Task):
@@ -215,9 +216,9 @@ class Regress(Task):
     def answers(
         self, model: nn.Module, examples: Sequence[TextExample], means: Means, **options: Any
     ) -> Iterator[dict]:
-        numbers = self._numbers(model, self.data(examples, means, labelled=False))
-        for example, number in zip(examples, numbers, strict=True):
-            yield {**_shown(example), "label": float(number)}
+        data = self.data(examples, means, labelled=False)
+        for example, number, lost in zip(examples, self._numbers(model, data), data.lost, strict=True):
+            yield {**_shown(example), "label": float(number)} | unread(lost)
 
 
 def _finite_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:

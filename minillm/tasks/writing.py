@@ -17,6 +17,7 @@ from minillm.data.chat import ChatData, ChatExample, read_chat
 from minillm.data.preference import PreferenceData, PreferenceExample, read_preferences
 from minillm.data.records import Record, read_records
 from minillm.data.seq2seq import PairData, PairExample, Sides, read_pairs
+from minillm.data.tasks import encode
 from minillm.data.windows import FEW, TextDocument, WindowData, divide, read_documents
 from minillm.evaluation.language import language_scores
 from minillm.evaluation.translation import bleu, rouge_l
@@ -25,7 +26,7 @@ from minillm.inference.generate import generate
 from minillm.inference.reader import framed, window_start
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
-from minillm.tasks.task import ROWS, Means, Task, batches, evaluating, outputs, spelt_bytes
+from minillm.tasks.task import ROWS, Means, Task, batches, evaluating, outputs, spelt_bytes, unread
 from minillm.training.objectives import Objective, likelihood, preference_loss, reward_margins
 
 GREEDY = Sampling(temperature=0.0)
@@ -65,11 +66,6 @@ def write(
             written = generate(model, read, sampling=sampling, seed=seed, first_row=first, **common)
         texts += [means.tokenizer.decode(ids) for ids in written]
     return texts
-
-
-def unread(tokens: int) -> dict[str, int]:
-    """What an answer says of an input that is longer than the context: how many tokens of it the model never saw."""
-    return {"unread_tokens": tokens} if tokens else {}
 
 
 def text_scores(model: nn.Module, data: Any, means: Means) -> dict[str, float]:
@@ -288,7 +284,7 @@ class LM(Task):
         self, model: nn.Module, examples: Sequence[Any], means: Means, *, max_new_tokens: int = 128, **options: Any
     ) -> Iterator[dict]:
         begin = means.tokenizer.document_id
-        texts = [means.tokenizer.encode(example.text) for example in examples]
+        texts = [encode(means.tokenizer, example.record, example.text) for example in examples]
         if means.config.shape == "encoder-decoder":
             prompts = [framed(text, means.frame, means.room) or [begin] for text in texts]
             lost = [max(0, len(text) + sum(map(len, means.frame)) - means.room) for text in texts]

@@ -1,5 +1,7 @@
 """Texts, pairs and numbers become rows; labels that make no sense are named with their line."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,9 @@ def test_names_whole_numbers_and_booleans_are_classes() -> None:
     assert labels.counts(examples).tolist() == [1, 2]
     assert label_set(read_classify(labelled(10, 9, -1))).names == ("-1", "9", "10")
     assert label_set(read_classify(labelled(True, False))).names == ("false", "true")
+    assert label_set(read_classify(labelled("②", "①", "--3"))).names == ("--3", "①", "②")  # digits, but no numbers
+    alike = [label_set(read_classify(labelled(*names))).names for names in permutations(["1", "01", "001", "0001"])]
+    assert set(alike) == {("0001", "001", "01", "1")}  # a run that goes on must find the same order
 
 
 def test_lists_are_several_labels() -> None:
@@ -88,6 +93,9 @@ def test_numbers_are_scaled_and_back() -> None:
             read_regress(labelled(bad))
     with pytest.raises(UserError, match=r"f.jsonl: all 2 labels are equal"):
         Scale.of(read_regress(labelled(2, 2.0)))
+    for far in ((1e308, -1e308), (1e-320, 2e-320)):
+        with pytest.raises(UserError, match=r"f.jsonl: the labels lie too far apart, or too close"):
+            Scale.of(read_regress(labelled(*far)))
 
 
 def rows_of(data: TextData, tokenizer: PieceTokenizer, **_) -> list[str]:

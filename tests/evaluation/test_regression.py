@@ -33,10 +33,13 @@ def test_a_constant_correlates_with_nothing() -> None:
     scores = regression_scores([1.0, 2.0, 3.0], [0.1, 0.1, 0.1])
     assert math.isnan(scores["pearson"]) and math.isnan(scores["spearman"])
     assert scores["mae"] == pytest.approx(1.9)
+    scores = regression_scores([1.0], [3.5])
+    assert math.isnan(scores["pearson"]) and math.isnan(scores["spearman"])
+    assert scores["mae"] == scores["rmse"] == 2.5
 
 
 def test_what_cannot_be_scored_says_why() -> None:
-    for truth, predicted, problem in [([1], [1], "two examples"), ([1, 2], [1], "shape"), ([1, 2], [1, np.inf], "NaN")]:
+    for truth, predicted, problem in [([], [], "no example"), ([1, 2], [1], "shape"), ([1, 2], [1, np.inf], "NaN")]:
         with pytest.raises(ValueError, match=problem):
             regression_scores(truth, predicted)
     with pytest.raises(ValueError, match="0 targets"):

@@ -1,6 +1,7 @@
 """`import` and `export` as commands: run folders that every other command opens, errors in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from minillm.commands import embed, exporting, importing
 from minillm.config import DamagedFile, UserError, to_dict
 from minillm.interop.hf import build, load_hf
 from minillm.interop.hf_tokenizer import HFTokenizer
+from minillm.loading import open_model
 from minillm.training import checkpoint
 from tests.interop.ours import model_of, tokenizer_of
 from tests.interop.test_hf_tokenizer import byte_level, wordpiece
@@ -48,6 +50,14 @@ def test_import_refuses_what_is_there_and_what_is_not(tmp_path):
     importing.main([str(folder), "--out", str(tmp_path / "run"), "--overwrite"])
     with pytest.raises(UserError, match="is no folder"):
         importing.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "other")])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter, which is no model by itself; merge it into its base"):
+        importing.main([str(adapter), "--out", str(tmp_path / "other")])
+    shutil.move(adapter, tmp_path / "run/adapter")
+    with pytest.raises(UserError, match=rf"holds an adapter, .*; give the run that it is of, {tmp_path / 'run'}"):
+        open_model(tmp_path / "run/adapter")
     (folder / "tokenizer.json").unlink()
     (folder / "roles.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer: no tokenizer\.json"):

@@ -12,8 +12,8 @@ LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
     "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
