@@ -125,22 +125,30 @@ def trained(rank: int, run: Path, values: dict[str, Any]) -> Any:
         return losses(run)
 
 
-def exchanged(rank: int, run: Path, values: dict[str, Any]) -> list[str]:
-    """Trains; whose gradient of the first weight a rank holds as each pass begins: nobody's, its own, all's."""
+def exchanged(rank: int, run: Path, values: dict[str, Any]) -> tuple[list[str], tuple[int, ...] | None, set[bool]]:
+    """Trains; whose gradient of the first weight a rank holds as each pass begins: nobody's, its own, all's.
+
+    Then over which mesh that weight is divided, and whether a block's weights are whole between forward and backward.
+    """
     held: list[str] = []
+    gathered: set[bool] = set()
     with join() as team:
         work = spread_job(team, run, **values)
+        mesh = getattr(next(work.model.parameters()), "device_mesh", None)
 
         def call(objective: Any, model: nn.Module, batch: Batch, *, last: bool = True) -> Tensor:
-            if model.training:
-                gradient = next(model.parameters()).grad
-                of_all = team.gather(None if gradient is None else whole(gradient))
-                alike = all(torch.equal(each, of_all[0]) for each in of_all if each is not None)
-                held.append("nobody's" if gradient is None else "all's" if alike else "its own")
-            return work.call(objective, model, batch, last=last)
+            if not model.training:
+                return work.call(objective, model, batch, last=last)
+            gradient = next(model.parameters()).grad
+            of_all = team.gather(None if gradient is None else whole(gradient))
+            alike = all(torch.equal(each, of_all[0]) for each in of_all if each is not None)
+            held.append("nobody's" if gradient is None else "all's" if alike else "its own")
+            loss = work.call(objective, model, batch, last=last)
+            gathered.add(not hasattr(next(model.decoder.blocks[0].parameters()), "device_mesh"))
+            return loss
 
         train(replace(work, call=call), Signals())
-    return held
+    return held, None if mesh is None else tuple(mesh.shape), gathered
 
 
 def overtaken(rank: int, folder: Path) -> None:

@@ -97,11 +97,23 @@ def test_a_checkpoint_of_two_is_read_by_one_and_by_four(tmp_path: Path, alone, c
         assert_close(wrote, alone["muon"])
 
 
-@pytest.mark.parametrize("changes, held", [((), "its own"), ((FSDP,), "nobody's")], ids=["ddp", "fsdp"])
-def test_gradients_are_exchanged_once_a_step(tmp_path: Path, changes, held: str) -> None:
-    """Of three passes only the last one's backward talks; what fsdp has until then, it keeps elsewhere."""
+@pytest.mark.parametrize(
+    "changes, held, mesh, gathered",
+    [
+        ((), "its own", None, True),
+        ((FSDP,), "nobody's", (2,), False),
+        ((HYBRID, {"train": {"shard_ranks": 1}}), "nobody's", (2, 1), True),
+    ],
+    ids=["ddp", "fsdp", "fsdp, whole on each"],
+)
+def test_gradients_are_exchanged_once_a_step(tmp_path: Path, changes, held: str, mesh, gathered: bool) -> None:
+    """Of three passes only the last one's backward talks; what fsdp has until then, it keeps elsewhere.
+
+    Weights are divided as they should be, and between forward and backward given back or kept.
+    """
     chosen = values({"steps": 1, "micro": 1, "train": {"batch": 6, "eval_every": 1, "save_every": 1}}, *changes)
-    assert Ranks(2, exchanged, tmp_path, chosen).results()[0] == ["nobody's", held, held]
+    found = Ranks(2, exchanged, tmp_path, chosen).results()[0]
+    assert found == (["nobody's", held, held], mesh, {gathered})
 
 
 @pytest.mark.parametrize("what", ["gather_dtype", "reduce_dtype"])
@@ -117,6 +129,17 @@ def test_weights_and_gradients_travel_in_the_dtype_that_was_asked_for(tmp_path: 
 def test_training_may_go_on_while_parts_are_written(tmp_path: Path) -> None:
     Ranks(2, overtaken, tmp_path / "parts").results()
     assert torch.equal(parts.read(tmp_path / "parts", parts.WEIGHTS)["x"], torch.ones(100_000))
+
+
+def test_the_best_step_and_the_last_are_those_of_one_process(tmp_path: Path) -> None:
+    """Either half of the validation would choose another best step, and one of them end long before."""
+    chosen = values({"steps": 14, "optim": {"lr": 0.02}, "train": {"patience": 5, "eval_every": 1, "save_every": 14}})
+    expected = trained(0, tmp_path / "one", chosen)
+    assert_close(Ranks(2, trained, tmp_path / "two", chosen).results()[0], expected)
+    ends = [events(tmp_path / name, "end")[0] for name in ("one", "two")]
+    assert [(end["reason"], end["step"], end["best_step"]) for end in ends] == [("early stop", 12, 7)] * 2
+    weights = [checkpoint.load_weights(checkpoint.resolve(tmp_path / name)) for name in ("one", "two")]
+    assert all(torch.allclose(weights[1][name], x, rtol=1e-4, atol=1e-5) for name, x in weights[0].items())
 
 
 def shorten(run: Path, step: int) -> None:
