@@ -218,7 +218,7 @@ def _named(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _finish(open_folder: ExitStack, written: Future) -> None:
     with open_folder:
-        written.result()
+        parts.settle(written)
 
 
 @contextmanager

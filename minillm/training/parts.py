@@ -24,7 +24,7 @@ WEIGHTS, STATE = "model.", "state."
 def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future:
     """Begins to write tensors (DTensors, or the same one everywhere) from all ranks of `group`.
 
-    The values are copied before this returns; the future is done once every rank has written all of its part.
+    The values are copied before this returns; the future is for `settle`.
     """
     from torch.distributed import checkpoint as dcp
 
@@ -33,6 +33,17 @@ def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return dcp.async_save(tensors, storage_writer=writer, process_group=group)  # type: ignore[return-value]
+
+
+def settle(written: Future) -> None:
+    """Waits for the end of `write`. Raises what went wrong on some rank, on all of them."""
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        written.result()
+    except dcp.CheckpointException as error:  # a BaseException, with the tracebacks of all ranks for its text
+        first = next(failure for failure, _ in error.failures.values())
+        raise first from None
 
 
 def read(folder: Path, kind: str) -> dict[str, Tensor]:

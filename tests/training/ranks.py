@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from minillm.cli import run as command
 from minillm.data.batch import Batch
-from minillm.training import checkpoint, parts, snapshot
+from minillm.training import checkpoint, parts, shelf, snapshot
 from minillm.training.distributed import Alone, join, whole
 from minillm.training.job import Job, TrainingFailed
 from minillm.training.loop import train
@@ -151,13 +151,34 @@ def exchanged(rank: int, run: Path, values: dict[str, Any]) -> tuple[list[str], 
     return held, None if mesh is None else tuple(mesh.shape), gathered
 
 
-def overtaken(rank: int, folder: Path) -> None:
-    """Changes a tensor of 1, 1, 1 … as soon as `parts.write` has returned."""
+def overtaken(rank: int, run: Path) -> list[int]:
+    """Changes a tensor of 1, 1, 1 … as soon as `save` has returned; the checkpoints that are there after `settle`."""
+    publish = shelf.publish
+
+    def slowly(*folders: Path) -> None:
+        time.sleep(0.5)
+        publish(*folders)
+
+    shelf.publish = slowly
     with join() as team:
         x = distribute_tensor(torch.ones(100_000), init_device_mesh("cpu", (team.size,)), [Shard(0)])
-        written = parts.write(folder, {parts.WEIGHTS + "x": x}, team.writing)
+        team.shards = True
+        team.save(run, 1, weights={"x": x}, state={"random": rank}, config={}, tokenizer=None, keep=1)
         x.zero_()
-        written.result()
+        team.settle()
+        return checkpoint.steps(run)
+
+
+def obstructed(rank: int, argv: list[str]) -> int:
+    """`minillm train ARGV` with a file where each checkpoint's folder of parts should be; its exit code."""
+    write = parts.write
+
+    def in_the_way(folder: Path, *rest: Any) -> Any:
+        folder.touch()
+        return write(folder, *rest)
+
+    parts.write = in_the_way
+    return command("train", argv)
 
 
 def commanded(rank: int, argv: list[str]) -> int:

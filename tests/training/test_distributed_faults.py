@@ -16,7 +16,7 @@ from minillm.cli import run as command
 from minillm.commands.launching import earlier_run, launch
 from minillm.training import checkpoint
 from minillm.training.watch import BEAT, QUICK, Beat, Judge
-from tests.training.ranks import Ranks, commanded, misbehaving, poisoned, resumed, stopped, trained
+from tests.training.ranks import Ranks, commanded, misbehaving, obstructed, poisoned, resumed, stopped, trained
 from tests.training.running import ROOT, TINY, events, losses, metrics, train
 from tests.training.saving import same
 
@@ -91,6 +91,17 @@ def test_what_is_not_finite_on_one_rank_ends_all_before_a_weight_moves(tmp_path:
     assert checkpoint.steps(tmp_path) == [1] and len(events(tmp_path, "nonfinite")) == 1
 
 
+def test_parts_that_cannot_be_written_end_the_run_in_one_line(text: Path, tmp_path: Path) -> None:
+    """They are written while training goes on: it is noticed before the next checkpoint, or at the end."""
+    terminal, run = tmp_path / "terminal", tmp_path / "run"
+    argv = ["--data", str(text), "--out", str(run), *TINY, "--steps", "2", "--train.parallel", "fsdp"]
+    assert Ranks(2, obstructed, argv, terminal=terminal).results() == [2, 2], terminal.read_text()
+    said = terminal.read_text().splitlines()
+    assert said[-1].startswith("error: ") and said[-1].endswith("step-1.tmp/parts: File exists"), said[-1]
+    assert "Traceback" not in terminal.read_text()
+    assert not events(run, "end") and list((run / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "who, where", [(0, "minillm.commands.corpus.run_shards"), (1, "minillm.training.pretrain.make_plan")]
 )
@@ -122,7 +133,9 @@ def test_a_slurm_job_queues_itself_again_after_a_signal_alone(
     run = tmp_path / "runs" / "big"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text(f"{{{SIGN}}}\n")
-    until_stopped = f"trap 'exit {code}' TERM; echo $$ > step; kill -USR1 $PPID; while sleep 0.05; do :; done"
+    until_stopped = (
+        f"trap 'exit {code}' TERM; echo $$ > step; kill -USR1 $PPID; for i in $(seq 200); do sleep 0.05; done"
+    )
     for name, body in {
         "srun": f'echo "$@" >> calls; {until_stopped if signalled else f"exit {code}"}',
         "scancel": 'echo "scancel $@" >> calls; kill -TERM $(cat step)',
