@@ -53,15 +53,18 @@ def examine(run: Path) -> list[Problem]:
     Raises `UserError` where `run` holds no run, `DamagedFile` where config.json cannot be read.
     """
     config, metrics = read_config(run), read_metrics(run)
-    problems = _files(run, metrics)
+    imported = "imported" in config  # a model that was never trained here: only its files can be wrong
+    problems = _files(run, metrics, trained=not imported)
+    if imported:
+        return problems
     for check in CHECKS:
         problems += [Problem(*found) for found in check(config, metrics)]
     return problems + _unfinished(run, config, metrics)
 
 
-def _files(run: Path, metrics: Metrics) -> list[Problem]:
+def _files(run: Path, metrics: Metrics, *, trained: bool) -> list[Problem]:
     problems = []
-    if not metrics:
+    if trained and not metrics:
         problems.append(Problem("damaged", f"{run / 'metrics.jsonl'} is missing or empty: nothing is known of the run"))
     torn = _torn_lines(run / "metrics.jsonl")
     if torn:
@@ -72,7 +75,8 @@ def _files(run: Path, metrics: Metrics) -> list[Problem]:
         try:
             checkpoint.verify(run / "checkpoints" / f"step-{step}")
         except DamagedFile as damage:
-            problems.append(Problem("damaged", f"{damage}; --resume goes on from the newest valid checkpoint"))
+            remedy = "--resume goes on from the newest valid checkpoint" if trained else "import the model again"
+            problems.append(Problem("damaged", f"{damage}; {remedy}"))
     return problems
 
 

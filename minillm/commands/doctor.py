@@ -47,10 +47,10 @@ def _table(found: dict[str, Any]) -> dict[str, str]:
     features = [name for name in ("avx512", "bf16") if found[name]]
     extras = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["extras"].items())
     side, why = found["kernels"]
-    compiler = found["compiler"]
+    compiler, cores = found["compiler"], f"{found['cores']} core{'s' * (found['cores'] != 1)}"
     return {
         "python": f"{found['python']}, {packages}",
-        "device": f"{found['device']} ({gpus or 'no GPU'}), {found['cores']} cores, {', '.join(features) or 'no bf16'}",
+        "device": f"{found['device']} ({gpus or 'no GPU'}), {cores}, {', '.join(features) or 'no bf16'}",
         "precision": f"{found['dtype']} by default",
         "memory": f"{found['memory_free'] / GIB:.1f} GiB free on {found['device']}",
         "kernels": f"{side} ({why}); triton: {found['triton']}",

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from minillm import doctor
 from minillm.commands import embed, exporting, importing
 from minillm.config import DamagedFile, UserError, to_dict
 from minillm.interop.hf import build, load_hf
@@ -38,6 +39,10 @@ def test_import_writes_a_checkpoint_that_opens(tmp_path, capsys):
     weights = checkpoint.load_weights(saved)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert doctor.examine(tmp_path / "run") == []  # it has no metrics, and no training that could go on
+    (saved / "model.safetensors").write_bytes(b"")
+    (problem,) = doctor.examine(tmp_path / "run")
+    assert "model.safetensors" in problem.message and problem.message.endswith("import the model again")
     assert checkpoint.load_state(saved)["pooler"].keys() == {"weight", "bias"}
     assert HFTokenizer.load(saved / "tokenizer").hash == HFTokenizer.load(folder).hash
 
