@@ -151,6 +151,14 @@ def exchanged(rank: int, run: Path, values: dict[str, Any]) -> tuple[list[str], 
     return held, None if mesh is None else tuple(mesh.shape), gathered
 
 
+def answered(rank: int) -> list[Any]:
+    """What a team agrees on: a sum of counts, one of losses, the longest, any, everybody's, the lead's."""
+    with join() as team:
+        flags = team.any(torch.tensor([rank == 0, rank == 1, False]))
+        sums = team.total(rank + 1), team.total(rank / 2)
+        return [*sums, team.slowest(float(rank)), flags.tolist(), team.gather(rank), team.share(rank)]
+
+
 def overtaken(rank: int, run: Path) -> list[int]:
     """Changes a tensor of 1, 1, 1 … as soon as `save` has returned; the checkpoints that are there after `settle`."""
     publish = shelf.publish

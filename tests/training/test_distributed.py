@@ -17,7 +17,7 @@ from minillm.training import checkpoint
 from minillm.training.distributed import ALONE, micro_batch
 from minillm.training.group import Group
 from minillm.training.muon import SharedMuon
-from tests.training.ranks import Ranks, commanded, exchanged, overtaken, resumed, trained
+from tests.training.ranks import Ranks, answered, commanded, exchanged, overtaken, resumed, trained
 from tests.training.running import TINY, events, lines, losses, train
 from tests.training.saving import same
 
@@ -126,6 +126,12 @@ def test_weights_and_gradients_travel_in_the_dtype_that_was_asked_for(tmp_path: 
     assert {x.dtype for x in checkpoint.load_weights(checkpoint.resolve(tmp_path)).values()} == {torch.float32}
 
 
+def test_ranks_answer_each_other() -> None:
+    expected = [3, 0.5, 1.0, [True, True, False], [0, 1], 0]
+    found = Ranks(2, answered).results()
+    assert found == [expected, expected] and [type(x) for x in found[1][:2]] == [int, float]
+
+
 def test_training_may_go_on_while_parts_are_written(tmp_path: Path) -> None:
     """Though only the lead puts the folder into its place, all find it there once they have asked."""
     assert Ranks(2, overtaken, tmp_path).results() == [[1], [1]]
@@ -187,6 +193,8 @@ def test_the_command_by_two_is_the_command_by_one(capsys, text: Path, tmp_path: 
     assert events(tmp_path / "two", "layers")[-1]["active"] == events(tmp_path / "one", "layers")[-1]["active"]
     layers = [events(tmp_path / name, "layers")[-1]["grad_norms"] for name in ("two", "one")]
     assert layers[0] == pytest.approx(layers[1], rel=1e-3)
+    random = checkpoint.load_state(checkpoint.resolve(tmp_path / "two"))["random_of_ranks"]
+    assert not torch.equal(random[0]["cpu"], random[1]["cpu"]), "no two ranks may drop out the same"
     assert (tmp_path / "two" / "report.html").exists()
     ids = torch.arange(12)[None]
     (ours, _), (theirs, _) = load(tmp_path / "two"), load(tmp_path / "one")
