@@ -36,6 +36,7 @@ from minillm.training.optim import build_optimizers
 from minillm.training.plan import Plan, autocast, choose_device, cores, known_plan, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
+from minillm.training.trial import choose
 
 FEW = 16
 """Examples on which the metrics are timed before the run."""
@@ -215,15 +216,18 @@ def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validati
         if settings.steps is None and settings.minutes is None:
             epoch = work.config["corpus"]["rows"] / settings.train.batch
             settings = replace(settings, steps=max(1, round(work.epochs * epoch)))
+        rehearsed = {"model": model, "device": device, "objective": objective, "batch": batch, "poll": signals.poll}
+        rows = per_row * (settings.train.micro_batch or work.micro_batch(work.base, device))
+        trial = choose(settings, micro_batch=rows, minutes_at_most=work.minutes_at_most, **rehearsed)
+        if trial.seconds:
+            work.config["tried"] = trial.listed()
+            work.say(f"tried     {trial}")
+        settings = replace(settings, dtype=trial.best.dtype)
         planned = partial(
             make_plan,
-            model=model,
-            device=device,
-            micro_batch=per_row * (settings.train.micro_batch or work.micro_batch(work.base, device)),
-            objective=objective,
-            batch=batch,
+            **rehearsed,
+            micro_batch=trial.best.micro_batch,
             validation_rows=per_row * validation_rows,
-            poll=signals.poll,
             scoring=_scoring(work, model, start),
         )
         plan = planned(settings)

@@ -67,7 +67,8 @@ def shrink(job: Job, monitor: Monitor, step: int) -> None:
     Raises `OneRowTooMany` where they cannot be smaller, `UserError` where the step was that of several processes.
     """
     release(torch.device(job.plan.device))
-    before, rows = job.plan.micro_batch, smaller(job.plan.micro_batch, job.settings.train.batch)
+    before, batch = job.plan.micro_batch, job.settings.train.batch
+    rows = smaller(before, batch, each=rows_each(job.batch(step - 1), batch))
     helps = what_helps(job.settings, job.plan.device)
     if job.team.size > 1:  # the others are in the middle of a step that needs this rank
         raise UserError(
@@ -90,9 +91,19 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def smaller(rows: int, batch: int) -> int | None:
-    """The largest divisor of the batch that is at most half of `rows`; None below one row."""
-    return next((fewer for fewer in range(rows // 2, 0, -1) if batch % fewer == 0), None)
+def smaller(rows: int, batch: int, *, each: int = 1) -> int | None:
+    """The largest divisor of the batch that is at most half of `rows`; None below one sample.
+
+    Args:
+        each: rows of a sample, which stay together.
+    """
+    fits = (each * samples for samples in range(rows // each // 2, 0, -1) if batch % samples == 0)
+    return next(fits, None)
+
+
+def rows_each(found: Batch, batch: int) -> int:
+    """Rows of one of the `batch` samples that `found` holds, or a rank's share of them: a preference has two."""
+    return max(1, len(found.samples) // batch)
 
 
 def what_helps(settings: Settings, device: str) -> str:

@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -152,7 +153,10 @@ def make_plan(
     steps, train, first = settings.steps, settings.train, True
     if steps is None and settings.minutes is None:
         raise UserError("give the length of the run: --steps N or --minutes M")
-    seconds, for_row = _measure(settings, model, device, dtype, micro_batch, objective, batch, poll, team)
+    budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned
+    seconds, for_row = measure(
+        settings, model, device, dtype, micro_batch, objective, batch, poll, team, at_least=3, budget=budget
+    )
     validation = validation_rows / team.size * for_row + scoring
     if steps is None:
         time, share = 60 * settings.minutes, VALIDATING if train.patience is None else CHOOSING
@@ -192,7 +196,7 @@ def _steps_that_fit(
     return steps, math.ceil(steps / parts)
 
 
-def _measure(
+def measure(
     settings: Settings,
     model: nn.Module,
     device: torch.device,
@@ -202,8 +206,19 @@ def _measure(
     batch: Callable[[int], Batch],
     poll: Callable[[], None],
     team: Alone,
+    *,
+    at_least: int,
+    budget: float,
+    of_all: Callable[[list[float]], float] = statistics.mean,
 ) -> tuple[float, float]:
-    """Seconds of a training step, and of validating one row; on a copy, so that nothing has moved after."""
+    """Seconds of a training step, and of validating one row; on a copy, so that nothing has moved after.
+
+    Args:
+        at_least: timed steps, however long they take.
+        budget: seconds for which they go on.
+        of_all: what is made of their times. The mean, since a run is a sum: where others use the machine too, some
+            steps take twice as long as most. To compare, the shortest is disturbed the least.
+    """
     trial = copy.deepcopy(model)
     call = team.spread(trial, settings.train)
     optimizers = build_optimizers(trial, settings.optim, muon=team.muon)
@@ -223,10 +238,7 @@ def _measure(
             optimizer.zero_grad(set_to_none=True)
 
     def seconds(work: Callable[[], object], at_least: int, budget: float) -> float:
-        """Mean of several runs, the first one (allocation, code generation) left out.
-
-        The mean, since a run is a sum: where others use the machine too, some steps take twice as long as most.
-        """
+        """Of several runs, the first one (allocation, code generation) left out."""
         times: list[float] = []
         while len(times) <= at_least or (sum(times) < budget and len(times) < 50):
             start = time.perf_counter()
@@ -234,10 +246,9 @@ def _measure(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(team.slowest(time.perf_counter() - start))
-        return sum(times[1:]) / len(times[1:])
+        return of_all(times[1:])
 
-    budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned
-    training = seconds(step, 3, budget)
+    training = seconds(step, at_least, budget)
     part = next(batch(0).to(device).split(micro_batch))
     with watch_units(trial):
         scoring = seconds(lambda: evaluate(trial, [part], context, poll, partial(call, objective)), 2, budget / 4)

@@ -22,8 +22,9 @@ from minillm.data.batch import Batch
 from minillm.data.loader import Loader, validation
 from minillm.data.shards import Shards
 from minillm.evaluation.baselines import baselines
-from minillm.model.transformer import Transformer, call_block
+from minillm.model.transformer import Transformer
 from minillm.training import memory
+from minillm.training.compiling import compile_blocks, compile_objective
 from minillm.training.distributed import ALONE, Alone, micro_batch
 from minillm.training.job import Job, Outcome
 from minillm.training.loop import train
@@ -33,6 +34,7 @@ from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, c
 from minillm.training.profile import Profile
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
+from minillm.training.trial import Way, choose
 
 VALIDATION_ROWS = 32
 
@@ -94,15 +96,16 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
 
     objective = training_objective(settings.train)
     micro = micro_batch(_micro_batch(work, model, device, objective, batch), rows)
+    way = _way(work, model, device, batch, objective, micro, signals)
     by_block = device.type == "cpu" and settings.compile == "on"
     if by_block:  # before the plan, which then measures compiled steps
-        by_block = _compile_blocks(objective, model, next(batch(0).split(micro)), settings, work.say)
-    plan = _plan(work, model, device, batch, objective, micro, signals)
+        by_block = compile_blocks(objective, model, next(batch(0).split(way.micro_batch)), way.dtype, work.say)
+    plan = _plan(work, model, device, batch, objective, way, signals)
     if device.type == "cpu":
         plan = replace(plan, compile=by_block)
     elif plan.compile:
         part = next(batch(0).split(plan.micro_batch)).to(device)
-        compiled = _compiled(objective, model, part, autocast(plan.device, plan.dtype), work.say)
+        compiled = compile_objective(objective, model, part, autocast(plan.device, plan.dtype), work.say)
         plan = replace(plan, compile=compiled is not objective)
         objective = compiled
     _keep_plan(work, plan, **work.show_plan(plan))
@@ -158,18 +161,40 @@ def _micro_batch(work: Pretraining, model: Transformer, device: torch.device, ob
     return min(work.team.gather(rows))
 
 
-def _plan(work: Pretraining, model: Transformer, device, batch, objective, micro: int, signals: Signals) -> Plan:
+def _way(work: Pretraining, model: Transformer, device, batch, objective, micro: int, signals: Signals) -> Way:
+    """As config.json has it, or the fastest of those that were tried, which it then lists."""
+    plan = known_plan(work.config, work.run)
+    if plan is not None:
+        return Way(plan.dtype, plan.threads, micro)
+    trial = choose(
+        work.settings,
+        model=model,
+        device=device,
+        micro_batch=micro,
+        objective=objective,
+        batch=batch,
+        poll=partial(work.team.poll, signals, midway=True),
+        team=work.team,
+    )
+    if trial.seconds:
+        work.config["tried"] = trial.listed()
+        work.say(f"tried     {trial}")
+    return trial.best
+
+
+def _plan(work: Pretraining, model: Transformer, device, batch, objective, way: Way, signals: Signals) -> Plan:
     """The plan that config.json holds, or a new one, written there before anything else happens."""
     plan = known_plan(work.config, work.run)
     if plan is not None:
-        plan = replace(plan, steps=work.settings.steps or plan.steps, device=device.type, micro_batch=micro)
+        steps = work.settings.steps or plan.steps
+        plan = replace(plan, steps=steps, device=device.type, micro_batch=way.micro_batch)
     else:
         rows = -(-len(work.shards.val) // work.settings.model.context)
         plan = make_plan(
-            work.settings,
+            replace(work.settings, dtype=way.dtype),
             model=model,
             device=device,
-            micro_batch=micro,
+            micro_batch=way.micro_batch,
             objective=objective,
             batch=batch,
             validation_rows=rows,
@@ -194,45 +219,6 @@ def _keep_plan(work: Pretraining, plan: Plan, **predicted: Any) -> None:
     work.config["plan"] = {**asdict(plan), **predicted}
     if work.team.lead:
         write_json(work.run / "config.json", work.config)
-
-
-def _compiled(objective, model: nn.Module, micro: Batch, context, say: Callable[[str], None]):
-    """torch.compile of the objective, or the objective itself, with one line, where no compiler works.
-
-    It is tried with a micro-batch as training will have them: a whole batch need not fit the memory.
-    """
-    compiled = torch.compile(objective)
-    return compiled if _works(compiled, model, micro, context, say) else objective
-
-
-def _compile_blocks(
-    objective, model: Transformer, micro: Batch, settings: Settings, say: Callable[[str], None]
-) -> bool:
-    """Compiles the blocks alone, once for all of them: seconds on a CPU, where the whole step takes a minute."""
-    stacks = [stack for stack in (model.encoder, model.decoder) if stack is not None]
-    context = autocast("cpu", choose_dtype(settings, torch.device("cpu")))
-    for stack in stacks:
-        stack.compile_blocks(torch.compile(call_block, dynamic=False))
-    if _works(objective, model, micro, context, say):
-        return True
-    for stack in stacks:
-        stack.compile_blocks(None)
-    return False
-
-
-def _works(objective, model: nn.Module, micro: Batch, context, say: Callable[[str], None]) -> bool:
-    """Whether a step can be compiled; one line where it cannot."""
-    try:
-        with context():
-            loss = objective(model, micro)
-        loss.backward()
-    except Exception as error:  # inductor, dynamo and the C++ toolchain raise without a common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        say(f"warning: torch.compile does not work here ({reason[:160]}); training without it")
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-    return True
 
 
 def _write_baselines(work: Pretraining) -> None:

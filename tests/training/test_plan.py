@@ -26,7 +26,7 @@ from tests.training.jobs import job
 )
 def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float, train, expected) -> None:
     """A step takes a second, a validation two."""
-    monkeypatch.setattr(plan, "_measure", lambda *args: (1.0, 0.02))
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
     settings = from_dict(Settings, {"minutes": minutes, "model": {"vocab_size": 64}, "train": train})
     found = make_plan(
         settings, model=None, device=plan.torch.device("cpu"), micro_batch=8, objective=None, batch=None,
@@ -40,7 +40,7 @@ def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float
 
 
 def test_samples_are_a_part_of_the_minutes(monkeypatch) -> None:
-    monkeypatch.setattr(plan, "_measure", lambda *args: (1.0, 0.02))
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
     settings = from_dict(Settings, {"minutes": 2, "model": {"vocab_size": 64}})
     found = make_plan(
         settings, model=None, device=plan.torch.device("cpu"), micro_batch=8, objective=None, batch=None,

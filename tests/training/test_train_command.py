@@ -136,7 +136,7 @@ def test_half_precision_trains_like_fp32(capsys, text: Path, tmp_path: Path, dty
 def test_minutes_become_steps(capsys, text: Path, tmp_path: Path, monkeypatch) -> None:
     """Steps of 0.2 s: what six seconds leave after three samples and six validations, or one where they are dear."""
     for for_row, validations in ((0.001, 6), (0.04, 1)):
-        monkeypatch.setattr("minillm.training.plan._measure", lambda *_, for_row=for_row: (0.2, for_row))
+        monkeypatch.setattr("minillm.training.plan.measure", lambda *_, for_row=for_row, **__: (0.2, for_row))
         run = tmp_path / f"run-{validations}"
         assert train(capsys, "--data", text, "--out", run, *TINY, "--minutes", "0.1").code == 0
         config = json.loads((run / "config.json").read_text())
@@ -146,7 +146,7 @@ def test_minutes_become_steps(capsys, text: Path, tmp_path: Path, monkeypatch) -
         assert len(lines(run, "val")) == validations
         assert config["plan"]["save_every"] == -(-config["plan"]["steps"] // 5)
         assert config["settings"]["minutes"] == 0.1 and config["settings"]["steps"] is None
-    monkeypatch.setattr("minillm.training.plan._measure", lambda *_: (0.2, 0.01))
+    monkeypatch.setattr("minillm.training.plan.measure", lambda *_, **__: (0.2, 0.01))
     often = tmp_path / "often"
     argv = ["--data", text, "--out", often, *TINY, "--minutes", "0.1", "--train.eval-every", "2"]
     assert train(capsys, *argv).code == 0

@@ -1,0 +1,130 @@
+"""What is fastest on this CPU, found by trying it: precision, threads, how many rows at a time.
+
+No rule of thumb holds: bf16 halved the step of a model 128 wide with 768 tokens in it, and lengthened that of one half
+as wide with 64; a few rows at a time may stay in the cache that all of them overflow; small matrices wait for their
+threads. So a copy of the model trains a few steps in each way, one knob after another, and a way must be faster by
+MARGIN to be taken, lest noise decide. What was chosen stands in config.json, and a resumed run takes it from there.
+
+Short runs would lose more than they gain, and processes that train together would have to agree: they take the usual.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from minillm.config import Settings
+from minillm.data.batch import Batch
+from minillm.training import plan
+from minillm.training.distributed import ALONE, Alone
+from minillm.training.memory import rows_each, smaller
+from minillm.training.objectives import Objective
+
+MARGIN = 0.05
+WORTH = 120.0
+"""Seconds of training from which on trying is worth its time."""
+SHARE = 0.03
+"""Of the planned seconds, how much may go into it: a way that begins within it is tried to its end."""
+STEPS_EACH = 3
+"""Steps that trying a way takes at least: one that warms it up, two that are timed."""
+
+
+@dataclass(frozen=True)
+class Way:
+    dtype: str
+    threads: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}, {self.micro_batch} at a time"
+
+
+@dataclass
+class Trial:
+    best: Way
+    seconds: dict[Way, float] = field(default_factory=dict)
+    """Of a step in each way that was tried, in their order; empty where none was."""
+
+    def listed(self) -> dict[str, float]:
+        """For config.json."""
+        return {str(way): seconds for way, seconds in self.seconds.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{way}: {seconds:.3f} s a step" for way, seconds in self.seconds.items())
+
+
+def choose(
+    settings: Settings,
+    *,
+    model: nn.Module,
+    device: torch.device,
+    micro_batch: int,
+    objective: Objective,
+    batch: Callable[[int], Batch],
+    poll: Callable[[], None],
+    team: Alone = ALONE,
+    minutes_at_most: float | None = None,
+) -> Trial:
+    """The fastest way to train, of what the settings leave open; the torch threads are set to it.
+
+    Args:
+        micro_batch: the most rows at a time, those that fit the memory.
+        batch: step -> the rows of it.
+        poll: called between steps; may raise.
+        minutes_at_most: what the run will take, if its steps would take longer.
+    """
+    usual = Way(plan.choose_dtype(settings, device), torch.get_num_threads(), micro_batch)
+    trial = Trial(usual)
+    if device.type != "cpu" or team.size > 1:
+        return trial
+
+    def seconds(way: Way) -> float:
+        torch.set_num_threads(way.threads)
+        knobs = way.dtype, way.micro_batch, objective, batch, poll, team
+        return plan.measure(settings, model, device, *knobs, at_least=STEPS_EACH - 1, budget=0.5, of_all=min)[0]
+
+    planned = 60 * min(settings.minutes or math.inf, minutes_at_most or math.inf)
+    few = settings.steps is not None and STEPS_EACH > SHARE * settings.steps
+    if planned < WORTH or few:
+        return trial
+    first = seconds(usual)
+    if settings.steps is not None:
+        planned = min(planned, settings.steps * first)
+    if planned < WORTH:
+        return trial
+    trial.seconds[usual] = first
+    for change in _changes(settings, rows_each(batch(0), settings.train.batch)):
+        _climb(trial, change, seconds, SHARE * planned)
+    torch.set_num_threads(trial.best.threads)
+    return trial
+
+
+def _changes(settings: Settings, each: int) -> Iterator[Callable[[Way], Way | None]]:
+    """For each knob that the settings leave open, what comes after a way; None where nothing does.
+
+    Args:
+        each: rows of a sample.
+    """
+    if settings.dtype == "auto" and plan.cpu_multiplies_bf16():
+        yield lambda way: replace(way, dtype="fp32" if way.dtype == "bf16" else "bf16")
+    if settings.train.threads is None:
+        yield lambda way: replace(way, threads=way.threads // 2) if way.threads > 1 else None
+    if settings.train.micro_batch is None:
+        yield lambda way: _fewer(way, smaller(way.micro_batch, settings.train.batch, each=each))
+
+
+def _fewer(way: Way, rows: int | None) -> Way | None:
+    return None if rows is None else replace(way, micro_batch=rows)
+
+
+def _climb(trial: Trial, change: Callable[[Way], Way | None], seconds: Callable[[Way], float], room: float) -> None:
+    """Changes the best way for as long as that makes it faster, and all that was tried takes less than `room`."""
+    while (way := change(trial.best)) is not None and way not in trial.seconds:
+        if STEPS_EACH * sum(trial.seconds.values()) > room:
+            return
+        trial.seconds[way] = seconds(way)
+        if trial.seconds[way] > (1 - MARGIN) * trial.seconds[trial.best]:
+            return
+        trial.best = way
