@@ -188,6 +188,19 @@ def test_older_files(tmp_path):
         assert ours.roles == theirs.roles
         for text in [*TEXT, *HARD]:
             assert ours.encode(text) == theirs.encode(text)
+    for changes in ({"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}):
+        (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(changes))
+        names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
+        options = {names.get(name, name): value for name, value in changes.items()}
+        library = tokenizers.BertWordPieceTokenizer(str(tmp_path / "bert" / "vocab.txt"), **options)
+        ours, plain = HFTokenizer.load(tmp_path / "bert"), []
+        for text in ("Who May withdraw", "café, naïve", "of你好of", *TEXT):
+            assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+            plain.append(ours.encode(text) == bert.encode(text))
+        assert not all(plain), changes
+    (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    spaced = HFTokenizer.load(tmp_path / "gpt2")
+    assert spaced.encode("of a") == gpt2.encode(" of a") != gpt2.encode("of a")
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "qwen3", "eos_token_id": 0}')
     with pytest.raises(UserError, match=r"vocab\.json without tokenizer\.json"):
         HFTokenizer.load(tmp_path / "gpt2")

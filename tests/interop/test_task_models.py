@@ -80,7 +80,7 @@ def test_theirs_computes_the_same_here(family: str, kind: str, tmp_path: Path) -
     ("said", "labels", "task", "info"),
     [
         ({}, ["LABEL_0", "LABEL_1", "LABEL_2"], "classify", {"multi": False}),
-        ({"id2label": {"0": "no", "1": "so so", "2": "yes"}}, ["no", "so so", "yes"], "classify", {"multi": False}),
+        ({"id2label": {"2": "yes", "0": "no", "1": "so so"}}, ["no", "so so", "yes"], "classify", {"multi": False}),
         (
             {"problem_type": "multi_label_classification"},
             ["LABEL_0", "LABEL_1", "LABEL_2"],
