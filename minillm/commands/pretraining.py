@@ -53,6 +53,8 @@ def prepare(
         config.update(settings=dataclasses.asdict(settings), corpus=shards.info)
         if team.lead:
             write_json(run / "config.json", config)
+    if len(set(team.gather(shards.info["hash"]))) > 1:
+        raise UserError(f"{settings.source} does not hold the same on all machines; put it where they share it")
     sampled = settings.train.sample_tokens
     return Pretraining(
         settings=settings,

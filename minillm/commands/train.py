@@ -138,6 +138,8 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
         run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
         write_json(run / "config.json", config)
     run = team.share(run)
+    if not all(team.gather((run / "config.json").exists())):
+        raise UserError(f"{run} is not seen by all machines; name a folder that they share with --out")
     team.log_to(run)
     with nothing_left_of(run) if team.lead else contextlib.nullcontext():
         work = prepare(settings, source, run, config, trackers=trackers, team=team, profile=args.profile)

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minillm.cli import run as command
 from minillm.commands.launching import earlier_run, launch
 from minillm.training import checkpoint
+from minillm.training.distributed import Alone
 from minillm.training.watch import BEAT, QUICK, Beat, Judge
 from tests.training.ranks import Ranks, commanded, misbehaving, obstructed, poisoned, resumed, stopped, trained
 from tests.training.running import ROOT, TINY, events, losses, metrics, train
@@ -228,6 +231,23 @@ def test_a_second_attempt_goes_on_with_the_run_of_the_first(capsys, text: Path, 
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none_xyz" / "attempt_1" / "0" / "error.json"))
     assert earlier_run("runs/one") is None, "the run of another start"
     assert launch() == {"launch": "none_xyz"}
+
+
+@pytest.mark.parametrize(
+    "kind, line", [(bool, "run is not seen by all machines"), (str, "text.txt does not hold the same on all machines")]
+)
+def test_machines_that_do_not_share_their_folders_do_not_train(
+    capsys, text: Path, tmp_path: Path, monkeypatch, kind: type, line: str
+) -> None:
+    """Another rank does not see the run folder, or reads another text: it would go its own way."""
+
+    class Elsewhere(Alone):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, kind() if isinstance(value, kind) else value]
+
+    monkeypatch.setattr("minillm.commands.train.join", lambda: nullcontext(Elsewhere()))
+    result = train(capsys, "--data", text, "--out", tmp_path / "run", *TINY, "--steps", "1")
+    assert result.code == 2 and line in result.err.splitlines()[-1]
 
 
 def test_other_commands_refuse_to_run_twice(capsys, monkeypatch) -> None:
