@@ -30,12 +30,13 @@ def plan_text(
     threads = f", {plan.threads} threads" if plan.device == "cpu" else ""
     compiled = ", compiled" if plan.compile else ""
     together = f", {processes} processes together ({settings.train.parallel})" if processes > 1 else ""
+    guess = "as an estimate" if plan.device == "cpu" else "predicted"  # on a CPU the heap's share is a guess
     lines = {
         "model": f"{model.shape}, {predicted['parameters']:,} parameters: {model.layers} layers, {model.dim} wide, "
         f"{model.heads} heads, context {model.context}, vocabulary {model.vocab_size}",
         "device": f"{plan.device}{threads}, {plan.dtype}{compiled}{together}",
         "kernels": operators_text(model, torch.device(plan.device), plan.dtype),
-        "memory": f"{predicted['predicted_bytes'] / 2**20:,.0f} MiB predicted, with {plan.micro_batch} of "
+        "memory": f"{predicted['predicted_bytes'] / 2**20:,.0f} MiB {guess}, with {plan.micro_batch} of "
         f"{settings.train.batch} sequences at a time",
         "text": f"{corpus['train_bytes']:,} bytes = {corpus['train_tokens']:,} tokens to train on, "
         f"{corpus['val_bytes']:,} bytes held out {corpus['split']}",

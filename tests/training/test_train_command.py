@@ -38,7 +38,7 @@ def test_what_a_person_reads(capsys, text: Path, tmp_path: Path) -> None:
         "cpu, 1 threads, fp32",
         "kernels  torch (auto: no GPU (cpu))",
         "             attention  F.scaled_dot_product_attention\n",
-        "MiB predicted, with 4 of 4 sequences at a time",
+        "MiB as an estimate, with 4 of 4 sequences at a time",
         f"{corpus['train_bytes']:,} bytes = {corpus['train_tokens']:,} tokens to train on",
         f"{corpus['val_bytes']:,} bytes held out by position",
         f"5 of 64 tokens = {320 / corpus['train_tokens']:.2f} epochs",
