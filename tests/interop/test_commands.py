@@ -16,6 +16,7 @@ from minillm.training import checkpoint
 from tests.interop.ours import model_of, tokenizer_of
 from tests.interop.test_hf_tokenizer import byte_level, wordpiece
 from tests.interop.theirs import make, output, save
+from tokenizer.chat import encode_chat
 
 
 def folder_of(tmp_path, family="bert", architecture="BertModel", **changes):
@@ -90,6 +91,10 @@ def test_export_of_a_checkpoint(tmp_path, capsys):
     ids = torch.tensor([tokenizer.encode("def f(x):\n    return x\n")])
     with torch.no_grad():
         assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": "who may withdraw"}]
+    prompt = auto.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert prompt == encode_chat(tokenizer, talk, reply=True)[0] and auto.model_max_length == model.config.context
     with pytest.raises(UserError, match="is not empty"):
         exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
 
