@@ -61,7 +61,9 @@ class Ranks:
         """What each returned, by rank; fails where one did not return."""
         found = []
         for rank, end in enumerate(self.ends):
-            assert end.poll(seconds), f"rank {rank} does not come to an end"
+            if not end.poll(seconds):
+                self.codes(0)  # ends them all
+                raise AssertionError(f"rank {rank} does not come to an end")
             try:
                 found.append(pickle.loads(end.recv_bytes()))
             except EOFError:

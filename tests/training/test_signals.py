@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minillm.cli import run as command
 from minillm.training import checkpoint
 from minillm.training.loop import train as run_job
 from minillm.training.objectives import Evaluation
@@ -120,28 +121,34 @@ def test_before_training_a_stop_comes_at_once() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
 
 
-@pytest.mark.parametrize("number, code", STOPS)
-def test_during_the_preparation_of_data(
-    capsys, text: Path, tmp_path: Path, monkeypatch, number: int, code: int
+@pytest.fixture(scope="module")
+def never_stopped(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert command("train", ["--data", str(text), "--out", str(run), *TINY, "--steps", "3"]) == 0
+    return losses(run)
+
+
+@pytest.mark.parametrize(
+    "where, number, code, there",
+    [
+        ("minillm.commands.corpus.run_tokenizer", signal.SIGTERM, 143, []),
+        ("minillm.commands.corpus.run_shards", signal.SIGINT, 130, ["tokenizer"]),
+        ("minillm.training.pretrain.make_plan", signal.SIGTERM, 143, ["data", "tokenizer"]),
+        ("minillm.training.pretrain.baselines", signal.SIGINT, 130, ["data", "tokenizer"]),
+    ],
+)
+def test_before_the_first_step(
+    capsys, text: Path, tmp_path: Path, monkeypatch, never_stopped, where: str, number: int, code: int, there: list[str]
 ) -> None:
-    import minillm.commands.corpus as corpus
-
-    real = corpus.run_shards
-
-    def stopped(*args, **options):
-        send(number)
-        return real(*args, **options)
-
-    monkeypatch.setattr(corpus, "run_shards", stopped)
+    """There is nothing to save, so metrics.jsonl does not begin; resumed it is the run that nothing stopped."""
+    monkeypatch.setattr(where, lambda *_, **__: send(number))
     run = tmp_path / "run"
     result = train(capsys, "--data", text, "--out", run, *TINY, "--steps", "3")
     assert result.code == code and "before the first step" in result.err and "Traceback" not in result.err
-    assert sorted(path.name for path in run.iterdir()) == ["config.json", "tokenizer"]
+    assert sorted(path.name for path in run.iterdir()) == sorted(["config.json", *there])
     monkeypatch.undo()
     assert train(capsys, "--resume", run).code == 0
-    other = tmp_path / "other"
-    assert train(capsys, "--data", text, "--out", other, *TINY, "--steps", "3").code == 0
-    assert losses(run) == losses(other)
+    assert losses(run) == never_stopped
 
 
 def test_a_second_ctrl_c_quits_at_once() -> None:
