@@ -5,12 +5,16 @@ as wide with 64; a few rows at a time may stay in the cache that all of them ove
 threads. So a copy of the model trains a few steps in each way, one knob after another, and a way must be faster by
 MARGIN to be taken, lest noise decide. What was chosen stands in config.json, and a resumed run takes it from there.
 
+Fewer threads are tried where nothing else runs on the machine: beside others they would win today and lose tomorrow.
 Short runs would lose more than they gain, and processes that train together would have to agree: they take the usual.
 """
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +31,8 @@ WORTH = 120.0
 """Seconds of training from which on trying is worth its time."""
 SHARE = 0.03
 """Of the planned seconds, how much may go into it: a way that begins within it is tried to its end."""
+QUIET = 0.1
+"""Cores that other processes may use for threads to be tried."""
 STEPS_EACH = 3
 """Steps that trying a way takes at least: one that warms it up, two that are timed."""
 
@@ -89,30 +95,43 @@ def choose(
     few = settings.steps is not None and STEPS_EACH > SHARE * settings.steps
     if planned < WORTH or few:
         return trial
+    others, began = _others(), time.monotonic()
     first = seconds(usual)
+    quiet = _others() - others < QUIET * (time.monotonic() - began)
     if settings.steps is not None:
         planned = min(planned, settings.steps * first)
     if planned < WORTH:
         return trial
     trial.seconds[usual] = first
-    for change in _changes(settings, rows_each(batch(0), settings.train.batch)):
+    for change in _changes(settings, rows_each(batch(0), settings.train.batch), quiet):
         _climb(trial, change, seconds, SHARE * planned)
     torch.set_num_threads(trial.best.threads)
     return trial
 
 
-def _changes(settings: Settings, each: int) -> Iterator[Callable[[Way], Way | None]]:
+def _changes(settings: Settings, each: int, quiet: bool) -> Iterator[Callable[[Way], Way | None]]:
     """For each knob that the settings leave open, what comes after a way; None where nothing does.
 
     Args:
         each: rows of a sample.
+        quiet: whether the machine is this process's alone.
     """
     if settings.dtype == "auto" and plan.cpu_multiplies_bf16():
         yield lambda way: replace(way, dtype="fp32" if way.dtype == "bf16" else "bf16")
-    if settings.train.threads is None:
+    if settings.train.threads is None and quiet:
         yield lambda way: replace(way, threads=way.threads // 2) if way.threads > 1 else None
     if settings.train.micro_batch is None:
         yield lambda way: _fewer(way, smaller(way.micro_batch, settings.train.batch, each=each))
+
+
+def _others() -> float:
+    """Seconds that the machine's cores have worked for other processes; 0 where the system does not say (macOS)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    ours = os.times()
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - ours.user - ours.system
 
 
 def _fewer(way: Way, rows: int | None) -> Way | None:

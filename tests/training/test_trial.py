@@ -1,6 +1,9 @@
 """What is tried before a long run on a CPU, and what is taken."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ from minillm.training.trial import Way, choose
 from tests.training.running import TINY, losses, train
 
 CPU = torch.device("cpu")
+OTHERS = trial._others
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +26,7 @@ def four_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: known.threads)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: setattr(known, "threads", threads))
     monkeypatch.setattr(plan, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(trial, "_others", lambda: 0.0)
     return known
 
 
@@ -70,6 +75,24 @@ def test_what_the_settings_say_is_not_tried(monkeypatch) -> None:
     assert [way.threads for way in chosen(monkeypatch, lambda way: 1.0, dtype="fp32", train=train)[1]] == [4, 2]
     monkeypatch.setattr(plan, "cpu_multiplies_bf16", lambda: False)
     assert {way.dtype for way in chosen(monkeypatch, lambda way: 1.0)[1]} == {"fp32"}
+
+
+def test_beside_others_threads_are_not_tried(monkeypatch) -> None:
+    clock = iter([10.0, 10.0, 11.0, 14.0])  # other processes' seconds, the clock, and both again: a quarter of a core
+    monkeypatch.setattr(trial, "_others", lambda: next(clock))
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert {way.threads for way in chosen(monkeypatch, lambda way: way.threads)[1]} == {4}
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say")
+def test_what_other_processes_use_is_known(monkeypatch) -> None:
+    """One that works for a second adds as much; what this one works is taken off."""
+    before, ours = OTHERS(), os.times()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass"], check=True)
+    after = OTHERS()
+    assert after - before > 0.9
+    monkeypatch.setattr(os, "times", lambda: SimpleNamespace(user=ours.user + 1000, system=ours.system + 500))
+    assert OTHERS() - after == pytest.approx(-1500, abs=60)
 
 
 def test_the_rows_of_a_sample_stay_together(monkeypatch) -> None:
