@@ -29,8 +29,9 @@ from minillm.training.objectives import Objective, evaluate
 from minillm.training.optim import build_optimizers
 from minillm.training.units import watch_units
 
-BF16_WIDTH = 192
-"""Narrower models spend their time between the matrix products, where bf16 only adds conversions."""
+BF16_WIDTH = 128
+"""Narrower models spend their time between the matrix products, where bf16 only adds conversions. A long run tries both
+(see trial.py)."""
 
 
 VALIDATING, CHOOSING, SAVES = 0.05, 0.2, 5
