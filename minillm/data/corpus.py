@@ -50,7 +50,7 @@ class Masked:
     """
 
     document_id: int
-    mask_id: int
+    mask_id: int | None
     special: Sequence[int]
     vocab_size: int
     rate: float
@@ -66,6 +66,9 @@ class Masked:
         object.__setattr__(self, "_starts", starts | ~ordinary)
 
     def sizes(self, context: int) -> tuple[int, int]:
+        """Raises `UserError` where the tokenizer has nothing to hide tokens with."""
+        if self.mask_id is None:
+            raise UserError("the tokenizer has no mask token, by which an encoder learns plain text; take another")
         return context, context
 
     def batch(self, windows: np.ndarray, lengths: np.ndarray, samples: np.ndarray, *, seed: int) -> Batch:
@@ -124,7 +127,12 @@ class SpanCorruption:
         return cut, min(max(round(cut / self.span_length), 1), cut, length - cut)
 
     def sizes(self, context: int) -> tuple[int, int]:
-        """The longest window whose source and targets both fit. Raises `UserError` where none does."""
+        """The longest window whose source and targets both fit. Raises `UserError` for none, or spans without names."""
+        if not self.sentinel_ids:
+            raise UserError(
+                "the tokenizer has no sentinels (<extra_id_0>, …), by which an encoder-decoder learns plain text; "
+                "give it pairs (seq2seq), or take another model"
+            )
         length = max((n for n in range(2, 2 * context + 2) if self._fits(n, context)), default=0)
         if length == 0:
             raise UserError(f"model.context ({context}) is too short for spans; choose a larger one")

@@ -37,7 +37,8 @@ class TagExample:
 def read_tags(path: str | Path, *, labelled: bool = True) -> list[TagExample]:
     """The sentences of a file: .jsonl and .json hold records, everything else is CoNLL.
 
-    Without `labelled`, a .txt has a sentence a line, its words parted by white space; records need "tokens" or "text".
+    Without `labelled`, a .txt has a sentence a line, its words parted by white space; CoNLL needs no tags, and records
+    "tokens" or "text".
 
     Raises:
         UserError: with the line, for a word without a tag or a tag without a word, as many columns as no other line
@@ -46,7 +47,7 @@ def read_tags(path: str | Path, *, labelled: bool = True) -> list[TagExample]:
     ending = str(path).lower().removesuffix(".gz")
     if ending.endswith((".jsonl", ".json")) or (ending.endswith(".txt") and not labelled):
         return tag_examples(read_records(path), labelled=labelled)
-    examples = _conll(str(path), read_text(path))
+    examples = _conll(str(path), read_text(path), labelled)
     if not examples:
         raise UserError(f"{path} holds no sentence; give lines of a word, a tab and its tag")
     return examples
@@ -75,7 +76,7 @@ def _strings(record: Record, key: str) -> tuple[str, ...]:
     return tuple(record.checked(value, key) for value in values)
 
 
-def _conll(name: str, text: str) -> list[TagExample]:
+def _conll(name: str, text: str, labelled: bool) -> list[TagExample]:
     examples: list[TagExample] = []
     columns: int | None = None
     words: list[str] = []
@@ -87,7 +88,7 @@ def _conll(name: str, text: str) -> list[TagExample]:
             where = Record(f"{name}:{first}", {})
             for word in words:
                 where.checked(word, "token")
-            examples.append(TagExample(where, tuple(words), tuple(tags)))
+            examples.append(TagExample(where, tuple(words), tuple(tags) if labelled else None))
             words.clear()
             tags.clear()
 
@@ -97,7 +98,7 @@ def _conll(name: str, text: str) -> list[TagExample]:
             continue
         fields = line.split("\t") if "\t" in line else _BLANKS.split(line.strip(" "))
         fields = [field.strip() for field in fields]
-        columns = columns or max(2, len(fields))
+        columns = columns or max(1 + labelled, len(fields))
         if len(fields) != columns or not fields[0] or not fields[-1]:
             found = len([field for field in fields if field])
             raise UserError(

@@ -75,6 +75,11 @@ def read_hf(folder: str | Path) -> HFModel:
     weights = _to_ours(family, config, tensors, folder)
     if kinds := {str(x.dtype).removeprefix("torch.") for x in weights.values() if x.dtype != torch.float32}:
         fields.notes.append(f"weights in {', '.join(sorted(kinds))} were read as fp32")
+    if task is None and not lm and not (tied and config.shape != "encoder"):
+        fields.notes.append(
+            "there is no language model's head: until it is finetuned, what it says of tokens is its embedding's and "
+            "means nothing"
+        )
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     pooler = {name.removeprefix("pooler."): weights.pop(name) for name in _POOLER if name in weights}
     if head is not None and head["task_head.weight"].shape[1] != config.dim:

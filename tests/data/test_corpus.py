@@ -136,8 +136,16 @@ def test_spans_have_the_share_and_the_mean_length_and_fill_the_context() -> None
     assert first.std() > 5 and places.sum() == 300 * 28  # spans lie at different places in each row
 
 
+def test_nothing_to_hide_tokens_with() -> None:
+    assert masked().sizes(16) == (16, 16)
+    with pytest.raises(UserError, match="the tokenizer has no mask token"):
+        masked(mask_id=None).sizes(16)
+
+
 def test_too_few_sentinels_or_too_short_a_context() -> None:
     with pytest.raises(UserError, match="28 spans in a context of 512 need as many sentinels; the tokenizer has 10"):
         spans(sentinel_ids=list(range(10))).sizes(512)
     with pytest.raises(UserError, match=r"model.context \(1\) is too short"):
         spans().sizes(1)
+    with pytest.raises(UserError, match=r"the tokenizer has no sentinels .*; give it pairs \(seq2seq\)"):
+        spans(sentinel_ids=[]).sizes(512)

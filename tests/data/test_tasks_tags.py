@@ -53,7 +53,9 @@ def test_records_and_lines_to_predict(tmp_path: Path) -> None:
         assert [(example.words, example.tags) for example in read_tags(tmp_path / name)] == CONLL
     (tmp_path / "p.txt").write_text("EU rejects  it\nPeter\n")
     (tmp_path / "p.jsonl").write_text('{"text": "EU rejects it"}\n{"tokens": ["Peter"]}\n')
-    for name in ("p.txt", "p.jsonl"):
+    (tmp_path / "p.conll").write_text("EU\nrejects\nit\n\nPeter\n")
+    (tmp_path / "tagged.conll").write_text("EU\tX\nrejects\tX\nit\tX\n\nPeter\tX\n")  # not read
+    for name in ("p.txt", "p.jsonl", "p.conll", "tagged.conll"):
         found = read_tags(tmp_path / name, labelled=False)
         assert [(example.words, example.tags) for example in found] == [(words, None) for words, _ in CONLL[:2]]
 

@@ -66,6 +66,22 @@ def test_the_same_output_with_and_without_padding(variant, tmp_path):
         assert difference < TOLERANCE, (side, difference)
 
 
+def test_a_body_without_a_head_says_so(tmp_path):
+    """But for one whose head is its embedding."""
+    for architecture, tied, told in [
+        ("GPT2Model", True, False),
+        ("GPT2Model", False, True),
+        ("LlamaModel", False, True),
+        ("LlamaForCausalLM", False, False),
+        ("BertModel", True, True),
+        ("BertForMaskedLM", True, False),
+        ("BertForTokenClassification", True, False),
+    ]:
+        family = architecture.removesuffix("Model").partition("For")[0].lower()
+        folder = save(make(family, architecture, tie_word_embeddings=tied), tmp_path / f"{architecture}-{tied}")
+        assert any("no language model's head" in note for note in read_hf(folder).notes) == told, architecture
+
+
 def test_bart_padded_on_the_left_is_each_row_alone(tmp_path):
     theirs = make("bart", "BartForConditionalGeneration")
     ours = ours_of(save(theirs, tmp_path))
