@@ -11,6 +11,7 @@ masked-out    a stretch of training, or a validation, had no target that counted
 dead-layer    the last gradient of a part of the model was zero, or under 1 % of its hidden units ever fired
 diverging     validation ended more than 2 % above its best, and training did not go on falling either
 overfitting   the same while training went on falling
+unusual       it ended elsewhere than other runs of the same preset on the same text (see NORMAL)
 slow          its last quarter ran at less than half the speed of its first half
 damaged       a file is missing, or not what was written
 unfinished    it stands before its last planned step
@@ -20,13 +21,15 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.config import DamagedFile
+from minillm import presets
+from minillm.config import DamagedFile, Settings, UserError, from_dict
 from minillm.training import checkpoint
 from minillm.training.charts import finite
+from minillm.training.pretrain import resolved
 from minillm.training.run import read_config, read_metrics
 from minillm.training.verdict import scores
 
@@ -35,6 +38,21 @@ UNTRAINED = (("val", 0), ("train", 1))  # split and step of the lines that speak
 RISE = 1.02
 DEAD_SHARE = 0.01
 SLOW = 0.5
+
+NORMAL = {
+    ("shakespeare-char", "tiny Shakespeare"): (2.406,),
+    ("gpt2-tiny", "stdlib"): (3.154, 3.163),
+    ("llama-tiny", "stdlib"): (3.111, 3.107),
+}
+"""Preset and text -> how measured runs ended, one number a seed, in bits per byte of the held-out text.
+
+Only presets that are given in steps: what is reached in minutes tells more of the machine than of the run."""
+APART = 0.05
+"""How far from these is still normal, as a share: far more than seeds differ, since the standard library's text differs
+between versions of Python, and products in bf16 from those in fp32."""
+
+TINY_SHAKESPEARE = "0fc28089acbeeea6eef9cc0a59c7f26eeff7d3add90afc0f31d5f1767e69cbb4"
+"""The hash of that text, 1,115,394 bytes, by which it is known under any name."""
 
 Metrics = Sequence[Mapping[str, Any]]
 
@@ -185,6 +203,41 @@ def _getting_worse(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[st
     return [("diverging", f"{rise}, and the training loss did not fall either: lower --optim.lr")]
 
 
+def _unusual(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    settings, result = config["settings"], scores(metrics)
+    known = (config.get("corpus") or {}).get("hash") == TINY_SHAKESPEARE
+    text = "tiny Shakespeare" if known else settings.get("source")
+    measured = NORMAL.get((settings.get("preset"), text))
+    finished = any(line.get("event") == "end" and line.get("reason") == "finished" for line in metrics)
+    if not measured or not finished or not result.validation or config.get("base") or not _as_its_preset(config):
+        return []
+    last, low, high = result.validation[-1][1], (1 - APART) * min(measured), (1 + APART) * max(measured)
+    if low <= last <= high:
+        return []
+    cause = "held-out text that was trained on would do that; minillm data clean finds copies"
+    if last > high:
+        cause = "compare the curves of loss and gradient norm in report.html, and the versions in config.json"
+    usual = f"{settings['preset']} on {text} usually ends between {low:.3f} and {high:.3f}"
+    return [("unusual", f"it ended at {last:.3f} {result.unit}, and {usual}: {cause}")]
+
+
+def _as_its_preset(config: Mapping[str, Any]) -> bool:
+    """Whether nothing was set that changes what is learned."""
+
+    def learned(settings: Settings) -> tuple[Any, ...]:
+        train, data = settings.train, replace(settings.data, workers=None)
+        loop = (train.batch, train.patience, train.label_smoothing, train.z_loss)
+        return settings.model, settings.tokenizer, data, settings.optim, loop
+
+    try:
+        chosen = from_dict(Settings, config["settings"])
+        vocabulary = chosen.model.vocab_size or 0
+        usual = resolved(presets.settings(chosen.preset, {"model": {"vocab_size": vocabulary}}), vocabulary)
+    except UserError:  # a field or preset of another version
+        return False
+    return learned(chosen) == learned(usual) and (config.get("plan") or {}).get("steps") == usual.steps
+
+
 def _slow(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
     speeds = [line["tokens_per_second"] for line in metrics if finite(line.get("tokens_per_second"))]
     if len(speeds) < 8:
@@ -222,5 +275,6 @@ CHECKS: tuple[Callable[[Mapping[str, Any], Metrics], list[tuple[str, str]]], ...
     _dead_layers,
     _no_learning,
     _getting_worse,
+    _unusual,
     _slow,
 )

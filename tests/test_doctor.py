@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from minillm import doctor, machine
+from minillm import doctor, machine, presets
 from minillm.commands import doctor as command
-from minillm.config import DamagedFile, UserError, merge
+from minillm.config import DamagedFile, UserError, merge, to_dict
+from minillm.training.pretrain import resolved
 from tests.training.saving import save_example
 
 V, STEPS = 4096, 100
@@ -168,6 +169,63 @@ def test_overfitting_and_diverging(tmp_path):
     for line in lines_of(metrics, "train")[-7:]:
         line["bits_per_byte"] *= 1.6
     assert "lower --optim.lr" in only(write_run(tmp_path, metrics), "diverging")
+
+
+def usual_run(folder, loss, *, text=doctor.TINY_SHAKESPEARE, steps=2000, reason="finished", **layer):
+    """shakespeare-char with `layer` on top, whose last validation has so many nats a character."""
+    chosen = resolved(presets.settings("shakespeare-char", {"model": {"vocab_size": 65}}, layer), 65)
+    points = [(0, math.log(65)), (250, (math.log(65) + loss) / 2), (2000, loss)]
+    metrics = [
+        {"step": step, "split": "val", "loss": y, "bits_per_byte": y * math.log2(math.e), "targets": 9}
+        for step, y in points
+    ]
+    metrics.append({"event": "end", "step": 2000, "reason": reason})
+    config = {"settings": to_dict(chosen), "plan": {"steps": steps}, "corpus": {"hash": text}}
+    return write_run(folder, metrics, **config)
+
+
+@pytest.mark.parametrize("loss, cause", [(1.668, None), (1.72, None), (1.80, "curves of loss"), (1.5, "held-out text")])
+def test_what_is_normal_for_a_preset(tmp_path, loss, cause):
+    run = usual_run(tmp_path, loss)
+    if cause is None:
+        assert doctor.examine(run) == []
+        return
+    message = only(run, "unusual")
+    assert f"ended at {loss / math.log(2):.3f} bits per byte" in message and cause in message
+    assert "shakespeare-char on tiny Shakespeare usually ends between 2.286 and 2.526" in message
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optim": {"lr": 3e-3}},
+        {"model": {"dim": 64}},
+        {"data": {"validation": 0.2}},
+        {"tokenizer": {"path": "tokenizers/other"}},
+        {"train": {"batch": 16}},
+        {"train": {"label_smoothing": 0.1}},
+        {"text": "another"},
+        {"steps": 4000},
+    ],
+)
+def test_what_is_normal_says_nothing_of_other_settings(tmp_path, changed):
+    assert doctor.examine(usual_run(tmp_path, 1.9, **changed)) == []
+
+
+def test_settings_that_change_nothing_learned_leave_a_run_normal(tmp_path):
+    same = {"seed": 7, "train": {"threads": 1, "eval_every": 50}, "data": {"workers": 1}}
+    only(usual_run(tmp_path / "same", 1.9, **same), "unusual")
+    assert kinds(usual_run(tmp_path / "begun", 1.9, reason="signal")) == ["unfinished"]
+    run = usual_run(tmp_path / "older", 1.9)
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["model"]["long_gone"] = 1
+    (run / "config.json").write_text(json.dumps(config))
+    assert kinds(run) == []
+
+
+def test_every_normal_run_is_one_of_a_preset_in_steps():
+    for (name, _), ends in doctor.NORMAL.items():
+        assert presets.settings(name).steps and ends and all(0.5 < end < 10 for end in ends)
 
 
 def test_a_collapse_of_the_speed(tmp_path):
