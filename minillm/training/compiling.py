@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minillm.data.batch import Batch
-from minillm.model.transformer import Transformer, call_block
+from minillm.model.transformer import Stack, Transformer, call_block
 from minillm.training.plan import autocast
 
 
@@ -20,16 +20,26 @@ def compile_objective(objective, model: nn.Module, micro: Batch, context, say: C
 
 
 def compile_blocks(objective, model: Transformer, micro: Batch, dtype: str, say: Callable[[str], None]) -> bool:
-    """Compiles the blocks alone, once for all of them: seconds on a CPU, where the whole step takes a minute."""
-    stacks = [stack for stack in (model.encoder, model.decoder) if stack is not None]
-    context = autocast("cpu", dtype)
-    for stack in stacks:
+    """Compiles the blocks alone, once for all of them: seconds on a CPU, where the whole step takes a minute.
+
+    Returns whether that works; where it does not, one line says so, and the blocks stay as they are written.
+    """
+    for stack in _stacks(model):
         stack.compile_blocks(torch.compile(call_block, dynamic=False))
-    if _works(objective, model, micro, context, say):
+    if _works(objective, model, micro, autocast("cpu", dtype), say):
         return True
-    for stack in stacks:
-        stack.compile_blocks(None)
+    blocks_as_written(model)
     return False
+
+
+def blocks_as_written(model: Transformer) -> None:
+    """Takes `compile_blocks` back."""
+    for stack in _stacks(model):
+        stack.compile_blocks(None)
+
+
+def _stacks(model: Transformer) -> list[Stack]:
+    return [stack for stack in (model.encoder, model.decoder) if stack is not None]
 
 
 def _works(objective, model: nn.Module, micro: Batch, context, say: Callable[[str], None]) -> bool:

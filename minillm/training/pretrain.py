@@ -97,7 +97,7 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
     objective = training_objective(settings.train)
     micro = micro_batch(_micro_batch(work, model, device, objective, batch), rows)
     way = _way(work, model, device, batch, objective, micro, signals)
-    by_block = device.type == "cpu" and settings.compile == "on"
+    by_block = device.type == "cpu" and (way.compile or settings.compile == "on")
     if by_block:  # before the plan, which then measures compiled steps
         by_block = compile_blocks(objective, model, next(batch(0).split(way.micro_batch)), way.dtype, work.say)
     plan = _plan(work, model, device, batch, objective, way, signals)
@@ -165,7 +165,7 @@ def _way(work: Pretraining, model: Transformer, device, batch, objective, micro:
     """As config.json has it, or the fastest of those that were tried, which it then lists."""
     plan = known_plan(work.config, work.run)
     if plan is not None:
-        return Way(plan.dtype, plan.threads, micro)
+        return Way(plan.dtype, plan.threads, micro, plan.compile)
     trial = choose(
         work.settings,
         model=model,
@@ -175,6 +175,7 @@ def _way(work: Pretraining, model: Transformer, device, batch, objective, micro:
         batch=batch,
         poll=partial(work.team.poll, signals, midway=True),
         team=work.team,
+        say=work.say,
     )
     if trial.seconds:
         work.config["tried"] = trial.listed()

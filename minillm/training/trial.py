@@ -1,4 +1,4 @@
-"""What is fastest on this CPU, found by trying it: precision, threads, how many rows at a time.
+"""What is fastest on this CPU, found by trying it: precision, threads, how many rows at a time, compiled or not.
 
 No rule of thumb holds: bf16 halved the step of a model 128 wide with 768 tokens in it, and lengthened that of one half
 as wide with 64; a few rows at a time may stay in the cache that all of them overflow; small matrices wait for their
@@ -22,6 +22,7 @@ from torch import nn
 from minillm.config import Settings
 from minillm.data.batch import Batch
 from minillm.training import plan
+from minillm.training.compiling import blocks_as_written, compile_blocks
 from minillm.training.distributed import ALONE, Alone
 from minillm.training.memory import rows_each, smaller
 from minillm.training.objectives import Objective
@@ -31,6 +32,8 @@ WORTH = 120.0
 """Seconds of training from which on trying is worth its time."""
 SHARE = 0.03
 """Of the planned seconds, how much may go into it: a way that begins within it is tried to its end."""
+COMPILING = 600.0
+"""Seconds of training from which on a compiled step is tried: to compile takes tens of them."""
 QUIET = 0.1
 """Cores that other processes may use for threads to be tried."""
 STEPS_EACH = 3
@@ -42,9 +45,11 @@ class Way:
     dtype: str
     threads: int
     micro_batch: int
+    compile: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}, {self.micro_batch} at a time"
+        threads, compiled = f"{self.threads} thread{'s' * (self.threads > 1)}", ", compiled" * self.compile
+        return f"{self.dtype}, {threads}, {self.micro_batch} at a time{compiled}"
 
 
 @dataclass
@@ -72,6 +77,7 @@ def choose(
     poll: Callable[[], None],
     team: Alone = ALONE,
     minutes_at_most: float | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Trial:
     """The fastest way to train, of what the settings leave open; the torch threads are set to it.
 
@@ -80,6 +86,7 @@ def choose(
         batch: step -> the rows of it.
         poll: called between steps; may raise.
         minutes_at_most: what the run will take, if its steps would take longer.
+        say: takes the compiler's complaint; None: a compiled step is not tried.
     """
     usual = Way(plan.choose_dtype(settings, device), torch.get_num_threads(), micro_batch)
     trial = Trial(usual)
@@ -106,6 +113,11 @@ def choose(
     for change in _changes(settings, rows_each(batch(0), settings.train.batch), quiet):
         _climb(trial, change, seconds, SHARE * planned)
     torch.set_num_threads(trial.best.threads)
+    if say is not None and settings.compile == "auto" and planned >= COMPILING:
+        part = next(batch(0).split(trial.best.micro_batch))
+        if compile_blocks(objective, model, part, trial.best.dtype, say):
+            _climb(trial, lambda way: replace(way, compile=True), seconds, math.inf)
+            blocks_as_written(model)
     return trial
 
 

@@ -95,6 +95,27 @@ def test_what_other_processes_use_is_known(monkeypatch) -> None:
     assert OTHERS() - after == pytest.approx(-1500, abs=60)
 
 
+@pytest.mark.parametrize(
+    "minutes, gain, works, taken",
+    [(10.0, 0.5, True, True), (10.0, 0.99, True, False), (9.9, 0.5, True, False), (10.0, 0.5, False, False)],
+)
+def test_a_compiled_step_is_tried_before_a_long_run(monkeypatch, minutes, gain, works, taken) -> None:
+    """With the best of the other ways; afterwards the model is as it was."""
+    state = []
+    monkeypatch.setattr(trial, "compile_blocks", lambda *_: state.append("compiled") or works)
+    monkeypatch.setattr(trial, "blocks_as_written", lambda model: state.clear())
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (0.1 * (args[4] + 1) * (gain if state else 1.0), 0.0))
+    values = {"minutes": minutes, "dtype": "fp32", "train": {"batch": 2, "threads": 4}}
+    batch = SimpleNamespace(samples=range(2), split=lambda rows: iter([rows]))
+    found = choose(
+        from_dict(Settings, values), model=None, device=CPU, micro_batch=2, objective=None, poll=lambda: None,
+        batch=lambda step: batch, say=print,
+    )  # fmt: skip
+    assert found.best == Way("fp32", 4, 1, compile=taken)
+    assert (Way("fp32", 4, 1, compile=True) in found.seconds) == (works and minutes == 10.0)
+    assert state == ([] if works else ["compiled"])[: minutes == 10.0]
+
+
 def test_the_rows_of_a_sample_stay_together(monkeypatch) -> None:
     """A preference is two rows: of 8 pairs at most 1 at a time, 2 rows."""
     best, tried = chosen(monkeypatch, lambda way: way.micro_batch / 100, rows=16, each=2)
