@@ -153,12 +153,17 @@ def exchanged(rank: int, run: Path, values: dict[str, Any]) -> tuple[list[str], 
     return held, None if mesh is None else tuple(mesh.shape), gathered
 
 
-def answered(rank: int) -> list[Any]:
-    """What a team agrees on: a sum of counts, one of losses, the longest, any, everybody's, the lead's."""
+def answered(rank: int, made: Path) -> list[Any]:
+    """What a team agrees on: a sum of counts, one of losses, the longest, any, everybody's, the lead's, its file."""
     with join() as team:
+        with team.lead_first():
+            if team.lead:
+                time.sleep(0.3)
+                made.touch()
+            found = made.exists()
         flags = team.any(torch.tensor([rank == 0, rank == 1, False]))
         sums = team.total(rank + 1), team.total(rank / 2)
-        return [*sums, team.slowest(float(rank)), flags.tolist(), team.gather(rank), team.share(rank)]
+        return [*sums, team.slowest(float(rank)), flags.tolist(), team.gather(rank), team.share(rank), found]
 
 
 def overtaken(rank: int, run: Path) -> list[int]:

@@ -126,9 +126,9 @@ def test_weights_and_gradients_travel_in_the_dtype_that_was_asked_for(tmp_path: 
     assert {x.dtype for x in checkpoint.load_weights(checkpoint.resolve(tmp_path)).values()} == {torch.float32}
 
 
-def test_ranks_answer_each_other() -> None:
-    expected = [3, 0.5, 1.0, [True, True, False], [0, 1], 0]
-    found = Ranks(2, answered).results()
+def test_ranks_answer_each_other(tmp_path: Path) -> None:
+    expected = [3, 0.5, 1.0, [True, True, False], [0, 1], 0, True]
+    found = Ranks(2, answered, tmp_path / "made").results()
     assert found == [expected, expected] and [type(x) for x in found[1][:2]] == [int, float]
 
 
