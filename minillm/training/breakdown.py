@@ -95,6 +95,10 @@ def read(run: Path) -> Breakdown | None:
 
 
 HEADER = ("part", "ms", "of the step", "at least", "of its roof")
+NOTE = (
+    "Of its roof: the time that the least work takes at these rates, over the time taken; empty where no least is "
+    "known. Data and idle are waiting, whose least is nothing."
+)
 
 
 def text(found: Breakdown, trace: Path) -> str:
@@ -106,7 +110,7 @@ def text(found: Breakdown, trace: Path) -> str:
     ]
     slowest = ", ".join(f"{name} {time:,.1f} ms" for name, time in found.slowest)
     return "\n".join(
-        ["profile", f"  {found.heading()}", *lines, f"  slowest operators: {slowest}",
+        ["profile", f"  {found.heading()}", *lines, f"  {NOTE}", f"  slowest operators: {slowest}",
          f"  {trace} (open it at https://ui.perfetto.dev or chrome://tracing)"]
     )  # fmt: skip
 
@@ -120,7 +124,7 @@ def section(run: Path) -> str:
     head = "".join(f"<th>{name}" for name in HEADER)
     return (
         f"<h2>Where a step goes</h2><p>{html.escape(found.heading())}</p><table><tr>{head}{rows}</table>"
-        f"<p>The trace stands beside this page: <code>{TRACE}</code>.</p>"
+        f"<p>{NOTE} The trace stands beside this page: <code>{TRACE}</code>.</p>"
     )
 
 

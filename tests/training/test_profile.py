@@ -135,7 +135,9 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     shown = breakdown.text(found, tmp_path / "trace.json.gz").splitlines()
     assert shown[3].split() == ["matrix", "products", "50.00", "50.0", "%", "25.0", "GFLOP", "50", "%"]
     assert "1,000 tokens takes 80.0 ms, 12,500 tokens/s; MFU 50.0 %" in shown[1] and "(+25 %)" in shown[1]
+    assert shown[5].strip() == breakdown.NOTE and "slowest operators: aten::mm 50.0 ms" in shown[6]
     breakdown.write(tmp_path, found)
+    assert breakdown.NOTE in breakdown.section(tmp_path)
     assert breakdown.read(tmp_path) == found and "&lt;b&gt;" in breakdown.section(tmp_path)
     (tmp_path / "profile.json").write_text('{"parts": 3}')
     assert breakdown.read(tmp_path) is None and breakdown.section(tmp_path) == ""
