@@ -166,7 +166,7 @@ def test_sigusr1_to_one_saves_and_all_go_on(tmp_path: Path) -> None:
 
 
 def beats(*begun: int, at: int = 0, **of_the_first) -> list[Beat]:
-    usual = {"busy": None, "failed": None, "done": False}
+    usual = {"busy": None, "failed": None, "stopped": None, "done": False}
     return [
         Beat(count=at, host="here", begun=n, **{**usual, **(of_the_first if rank == 0 else {})})
         for rank, n in enumerate(begun)
