@@ -1,5 +1,6 @@
 """Two and four processes train as one does: the same losses, and a checkpoint of any of them is one of all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ def values(*changes: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def of_the_lead(size: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` returns on rank 0 of `size` processes; of one: on this one."""
+    return function(0, *args) if size == 1 else Ranks(size, function, *args).results()[0]
+
+
 def run(folder: Path, size: int, *changes: dict[str, Any]) -> list[tuple]:
-    return Ranks(size, trained, folder, values(*changes)).results()[0]
+    return of_the_lead(size, trained, folder, values(*changes))
 
 
 def norms(run: Path) -> list[float]:
@@ -88,7 +94,7 @@ def test_a_checkpoint_of_two_is_read_by_one_and_by_four(tmp_path: Path, alone, c
         folder = checkpoint.resolve(tmp_path)
         assert folder.name == "step-10"
         state = checkpoint.load_state(folder)
-        weights, moments, random, wrote = Ranks(size, resumed, tmp_path, values(*changes)).results()[0]
+        weights, moments, random, wrote = of_the_lead(size, resumed, tmp_path, values(*changes))
         assert same(weights, checkpoint.load_weights(folder))
         assert same(moments, [each["state"] for each in state["optimizers"]])
         saved = [each["cpu"] for each in state["random_of_ranks"]]
@@ -141,8 +147,8 @@ def test_training_may_go_on_while_parts_are_written(tmp_path: Path) -> None:
 def test_the_best_step_and_the_last_are_those_of_one_process(tmp_path: Path) -> None:
     """Either half of the validation would choose another best step, and one of them end long before."""
     chosen = values({"steps": 14, "optim": {"lr": 0.02}, "train": {"patience": 5, "eval_every": 1, "save_every": 14}})
-    expected = trained(0, tmp_path / "one", chosen)
-    assert_close(Ranks(2, trained, tmp_path / "two", chosen).results()[0], expected)
+    expected, found = (of_the_lead(size, trained, tmp_path / name, chosen) for size, name in ((1, "one"), (2, "two")))
+    assert_close(found, expected)
     ends = [events(tmp_path / name, "end")[0] for name in ("one", "two")]
     assert [(end["reason"], end["step"], end["best_step"]) for end in ends] == [("early stop", 12, 7)] * 2
     weights = [checkpoint.load_weights(checkpoint.resolve(tmp_path / name)) for name in ("one", "two")]
