@@ -13,6 +13,9 @@ from typing import Any
 
 from minillm.config import DamagedFile, UserError
 
+_BEGUN = {".writable", "config.tmp"}
+"""What is there of a run that is stopped before its first file is whole."""
+
 
 def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
     """Makes the folder of a new run: `out`, or runs/<name> with -2, -3 … where that is taken.
@@ -33,7 +36,9 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
                     f"{folder} already holds a run; --resume {folder} goes on with it, --overwrite replaces it"
                 )
             clear_run(folder)
-        elif folder.exists() and any(folder.iterdir()):  # --overwrite replaces a run, never somebody's other files
+        elif (
+            folder.exists() and not {path.name for path in folder.iterdir()} <= _BEGUN
+        ):  # --overwrite replaces a run, never somebody's other files
             raise UserError(f"{folder} is not empty and holds no run; name another folder, or an empty one")
     try:
         folder.mkdir(parents=True, exist_ok=True)

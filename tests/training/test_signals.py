@@ -151,6 +151,17 @@ def test_before_the_first_step(
     assert losses(run) == never_stopped
 
 
+def test_before_the_first_file_is_whole(capsys, text: Path, tmp_path: Path, monkeypatch, never_stopped) -> None:
+    """There is nothing yet that --resume could go on with: the same command begins again, in the same folder."""
+    run = tmp_path / "run"
+    argv = ("--data", text, "--out", run, *TINY, "--steps", "3")
+    monkeypatch.setattr("minillm.training.run.os.fsync", lambda _: send(signal.SIGTERM))
+    assert train(capsys, *argv).code == 143
+    monkeypatch.undo()
+    assert [path.name for path in run.iterdir()] == ["config.tmp"]
+    assert train(capsys, *argv).code == 0 and losses(run) == never_stopped
+
+
 def test_a_second_ctrl_c_quits_at_once() -> None:
     """In a process of its own, which is busy with something that asks for no signal."""
     busy = """
