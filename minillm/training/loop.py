@@ -267,9 +267,9 @@ def train(job: Job, signals: Signals, *, log: tuple[str, ...] = (), resume_from:
     monitor = Monitor(
         job.run, job.plan.steps, log=log, seconds=progress.seconds, step=progress.step, writes=job.team.lead
     )
-    signals.careful = True
     try:
-        with job.team.training(job.settings.train):
+        with job.team.training(job.settings.train):  # until all are here, a stop is one before training
+            signals.careful = True
             return Loop(job, monitor, signals, progress, scaler).run()
     finally:
         signals.careful = False

@@ -36,9 +36,8 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
                     f"{folder} already holds a run; --resume {folder} goes on with it, --overwrite replaces it"
                 )
             clear_run(folder)
-        elif (
-            folder.exists() and not {path.name for path in folder.iterdir()} <= _BEGUN
-        ):  # --overwrite replaces a run, never somebody's other files
+        elif folder.exists() and not {path.name for path in folder.iterdir()} <= _BEGUN:
+            # --overwrite replaces a run, never somebody's other files
             raise UserError(f"{folder} is not empty and holds no run; name another folder, or an empty one")
     try:
         folder.mkdir(parents=True, exist_ok=True)

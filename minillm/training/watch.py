@@ -165,7 +165,7 @@ class Watch:
     def _stop_too(self, number: int) -> None:
         """Before training a signal to one rank is one to all; one that waits for another in C++ cannot hear it."""
         signal.pthread_kill(self.main, number)
-        if not self._stop.wait(2 * QUICK):
+        if not self._stop.wait(1.5 * QUICK):  # sooner than a rank whose collective has failed gives up waiting
             print("stopped, as another rank was", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
