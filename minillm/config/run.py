@@ -99,7 +99,8 @@ class TrainConfig:
     batch: int = 32
     """Sequences in one optimizer step."""
     micro_batch: int | None = None
-    """Sequences in one forward and backward pass; a step accumulates as many as it needs. None: what fits."""
+    """Sequences in one forward and backward pass; a step accumulates as many as it needs. None: what fits; a long run
+    on a CPU tries whether fewer are faster."""
     eval_every: int | None = None
     """Steps between validations. None: a tenth of the run; of `minutes` as many as cost a twentieth of them."""
     save_every: int | None = None
@@ -116,7 +117,7 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Recompute each block's inside in the backward pass: less memory, about a third more time."""
     threads: int | None = None
-    """CPU threads. None: as many as there are cores."""
+    """CPU threads. None: as many as there are cores; a long run tries whether fewer are faster."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp, a whole model on each process; fsdp, a part of every tensor on each (fully_shard)."""
     shard_ranks: int | None = None
@@ -165,10 +166,12 @@ class Settings:
     seed: int = 1
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the matrix products; weights stay fp32. auto: bf16 on a GPU that has it, else fp32."""
+    """Of the matrix products; weights stay fp32. auto: bf16 where the hardware multiplies it and the model is wide
+    enough, else fp32; a long run on a CPU tries both."""
     kernels: Kernels = "auto"
     """auto: our Triton kernels on a GPU, PyTorch's elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on a GPU, and on a CPU where a run of ten minutes or more finds it faster."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
