@@ -67,7 +67,7 @@ ADAMW = [word for _, added in (RUNGS[0], *RUNGS[2:6]) for word in added]
 
 XZ, A100, CPU = "xz -9", 1.4697, 1.58
 SPEEDRUN = ["--preset", "speedrun-char"]
-START = {"short": 7.0, "equal": 10.0, "default": 33.0, "long": 40.0, "plain": 40.0}
+START = {"short": 7.0, "equal": 10.0, "default": 60.0, "long": 60.0, "plain": 60.0}
 """Seconds that a process spends besides what `--minutes` counts: on trying and compiling first, or on a longer text."""
 RESERVE = 0.96
 """Share of the rest that is planned: how long steps take is a prediction."""
