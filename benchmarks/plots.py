@@ -118,6 +118,7 @@ def draw_widths(rows: Sequence[Row], path: Path) -> Path:
     Raises ValueError where matplotlib is missing.
     """
     found = [row for row in rows if row["kernel"] == "width"]
+    rates = sorted({row["shape"]["lr"] for row in found})
     figure = _figure(9, 3.6)
     axes = figure.subplots(1, 2, sharey=True)
     for place, transfer in zip(axes, (False, True), strict=True):
@@ -131,6 +132,8 @@ def draw_widths(rows: Sequence[Row], path: Path) -> Path:
             place.plot(sorted(line), [line[lr] for lr in sorted(line)], "-", color=COLOURS[number], label=f"{dim} wide")
             place.plot([best], [line[best]], "o", color=COLOURS[number])
         place.set(xscale="log", xlabel="learning rate", title="rates by width" if transfer else "one rate")
+        place.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        place.minorticks_off()
         place.grid(alpha=0.3)
     axes[0].set(ylabel="bits per byte")
     axes[0].legend(fontsize=7)
