@@ -29,6 +29,7 @@ from benchmarks.peers import Setting, Trainer
 from benchmarks.records import Row
 from minillm import preflight
 from minillm.config import merge
+from minillm.machine import peak_bytes
 from minillm.presets import MODELS, settings
 from minillm.training.plan import choose_device, choose_dtype
 from minillm.training.roofs import matrix_rate
@@ -199,7 +200,7 @@ def _peak(of: Setting, who: str, nanogpt: Path | None, threads: int) -> int:
         train(*batch(source, of, step))
     if of.device.type == "cuda":
         return torch.cuda.max_memory_allocated() - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return peak_bytes() - before
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**21
-"""Logits held at once: 8 MB in fp32, about what two cores have of a shared cache."""
+"""Logits held at once: 8 MB in fp32, about what two cores have of a shared cache; of a large vocabulary more, N rows at
+least, since each chunk adds to the gradient of the weight [V, N]: that pass must not outweigh those over the logits."""
 
 PLAIN_ATTENTION = 512**2
 """Most scores of a head for which writing them out beats SDPA; also what bounds the memory that they take."""
@@ -56,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants else None
         d_weight = torch.zeros_like(weight, dtype=total.dtype) if wants else None
         d_bias = torch.zeros_like(bias, dtype=total.dtype) if wants and bias is not None else None
-        size = max(1, CHUNK_ELEMENTS // V)
+        size = max(CHUNK_ELEMENTS // V, weight.shape[1])
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             h, counts = hidden[rows], targets[rows] != ignore_index

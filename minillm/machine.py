@@ -4,8 +4,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held: on a GPU of its memory, else resident."""
+    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands ru_maxrss down from the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

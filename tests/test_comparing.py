@@ -157,7 +157,7 @@ def test_from_scratch_has_the_shape_and_none_of_the_weights(
 
 def test_peak_memory_is_the_processs_own() -> None:
     """A process that held 700 MB starts another one: that one's peak does not contain them."""
-    child = "from minillm.commands.finetuning import _peak_bytes; print(_peak_bytes())"
+    child = "from minillm.machine import peak_bytes; print(peak_bytes())"
     run = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     parent = f"held = bytearray(b'1') * 700_000_000; del held; {run}"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ OPTIONS = list(itertools.product((False, True), (0.0, 0.1), (0.0, 1e-2), (None, 
 
 @pytest.mark.parametrize(("bias", "smoothing", "z_loss", "softcap"), OPTIONS)
 def test_loss_and_gradients_equal_the_unchunked_ones(monkeypatch, bias, smoothing, z_loss, softcap):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 37 * 7)  # 23 rows make four chunks, the last one short
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 37 * 9)  # 23 rows make three chunks, the last one short
     hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
     b = torch.randn(37, dtype=torch.float64, requires_grad=True) if bias else None
@@ -28,6 +28,17 @@ def test_loss_and_gradients_equal_the_unchunked_ones(monkeypatch, bias, smoothin
     gradients = zip(torch.autograd.grad(1.7 * ours, inputs), torch.autograd.grad(1.7 * plain, inputs), strict=True)
     for mine, theirs in gradients:
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("elements, chunks", [(9 * 12, 2), (9 * 4, 6), (1, 6)])
+def test_a_chunk_has_as_many_rows_as_the_weight_has_columns(monkeypatch, elements, chunks):
+    """Fewer would pass over the gradient of a large vocabulary's weight more often than over its logits."""
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", elements)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **out: products.append(len(args[0])) or mm(*args, **out))
+    hidden, weight = torch.randn(24, 4, requires_grad=True), torch.randn(9, 4)
+    cpu.linear_cross_entropy(hidden, weight, torch.zeros(24, dtype=torch.long))
+    assert len(products) == chunks and sum(products) == 24
 
 
 def test_no_target_that_counts_gives_zero_and_zero_gradients():

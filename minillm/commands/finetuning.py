@@ -1,7 +1,6 @@
 """A finetuning whose options are read: its examples and task, the run itself, and what is said at its end."""
 
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, replace
@@ -140,6 +139,7 @@ def _tell_weights(task: Any) -> None:
 
 def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, whole: bool) -> None:
     """The result on stdout and in result.json, and what to do next; `whole`: this process ran it from the start."""
+    from minillm.machine import peak_bytes
     from minillm.training.run import read_metrics, write_json
 
     progress = done.outcome.progress
@@ -148,7 +148,7 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, who
         "task": config["task"]["name"], "method": config["method"]["method"], "metrics": json_ready(done.metrics),
         "steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds,
         "trained_parameters": plan["trained_parameters"], "parameters": plan["parameters"],
-        "adapter_bytes": adapter.stat().st_size, "peak_bytes": _peak_bytes(),
+        "adapter_bytes": adapter.stat().st_size, "peak_bytes": peak_bytes(),
         "cpu_seconds": time.process_time() if whole else None,
     }  # fmt: skip
     result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
@@ -162,19 +162,6 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, who
     use = {"chat": "chat", "preference": "chat", "lm": "generate"}.get(name, "predict")
     more = {"generate": ' --prompt "…"', "predict": " --input FILE"}.get(use, "")
     print(f"\nreport: {report}\n\nnext:\n  minillm {use} {run}{more}\n  minillm evaluate {run} --data FILE")
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process has held: on a GPU of its memory, else resident."""
-    import torch
-
-    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
-        return peak
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux hands ru_maxrss down from the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def last_result(run: Path) -> dict[str, Any]:
