@@ -31,9 +31,10 @@ from minillm.peft.inject import Adapted, inject, summary
 from minillm.training.job import Job, Outcome
 from minillm.training.keeping import OldText, l2_to_start, with_replay
 from minillm.training.loop import train
+from minillm.training.memory import rows_each
 from minillm.training.objectives import Objective, evaluate
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan, autocast, choose_device, cores, known_plan, make_plan
+from minillm.training.plan import Plan, Rehearsal, autocast, choose_device, cores, known_plan, make_plan
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
 from minillm.training.trial import choose
@@ -211,21 +212,18 @@ def _plan(work: Finetuning, model: nn.Module, device, batch, objective, validati
     if plan is not None:
         plan = replace(plan, steps=settings.steps or plan.steps, device=device.type)
     else:
-        first = batch(0)
-        per_row = len(first.samples) // settings.train.batch  # a preference has two rows
+        per_row = rows_each(batch(0), settings.train.batch)
         if settings.steps is None and settings.minutes is None:
             epoch = work.config["corpus"]["rows"] / settings.train.batch
             settings = replace(settings, steps=max(1, round(work.epochs * epoch)))
-        rehearsed = {"model": model, "device": device, "objective": objective, "batch": batch, "poll": signals.poll}
+        rehearsal = Rehearsal(model=model, device=device, objective=objective, batch=batch, poll=signals.poll)
         rows = per_row * (settings.train.micro_batch or work.micro_batch(work.base, device))
-        trial = choose(settings, micro_batch=rows, minutes_at_most=work.minutes_at_most, **rehearsed)
-        if trial.seconds:
-            work.config["tried"] = trial.listed()
-            work.say(f"tried     {trial}")
+        trial = choose(settings, rehearsal, micro_batch=rows, minutes_at_most=work.minutes_at_most)
+        trial.tell(work.config, work.say)
         settings = replace(settings, dtype=trial.best.dtype)
         planned = partial(
             make_plan,
-            **rehearsed,
+            rehearsal=rehearsal,
             micro_batch=trial.best.micro_batch,
             validation_rows=per_row * validation_rows,
             scoring=_scoring(work, model, start),

@@ -1,8 +1,8 @@
 """What a run will do, decided before its first step: device, precision, threads, and how many steps fit the time.
 
-Everything that was decided or measured here goes into config.json, and a resumed run takes it from there. All choices
-but one are a function of the machine and the settings alone; the steps that `--minutes` becomes follow from the
-measured speed.
+Everything that was decided or measured here goes into config.json, and a resumed run takes it from there. The choices
+are a function of the machine and the settings alone, but for two: the steps that `--minutes` becomes follow from the
+measured speed, and before a long run on a CPU what is usual is held against other ways (trial.py).
 """
 
 import copy
@@ -127,37 +127,43 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What steps are timed with before a run."""
+
+    model: nn.Module
+    device: torch.device
+    objective: Objective
+    batch: Callable[[int], Batch]
+    """Step -> this process's rows of it."""
+    poll: Callable[[], None]
+    """Called between the steps; may raise."""
+    team: Alone = ALONE
+
+
 def make_plan(
     settings: Settings,
+    rehearsal: Rehearsal,
     *,
-    model: nn.Module,
-    device: torch.device,
     micro_batch: int,
-    objective: Objective,
-    batch: Callable[[int], Batch],
     validation_rows: int,
-    poll: Callable[[], None],
-    team: Alone = ALONE,
     scoring: float = 0.0,
     sampling: float = 0.0,
 ) -> Plan:
     """Decides what the settings left open.
 
     Args:
-        batch: step -> this process's rows of it.
         validation_rows: rows of one whole validation, whose time `--minutes` includes.
-        poll: called between measured steps; may raise.
         scoring: seconds that a validation takes besides its loss.
         sampling: seconds that each of the samples takes.
     """
+    device, team = rehearsal.device, rehearsal.team
     dtype = choose_dtype(settings, device)
     steps, train, first = settings.steps, settings.train, True
     if steps is None and settings.minutes is None:
         raise UserError("give the length of the run: --steps N or --minutes M")
     budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned
-    seconds, for_row = measure(
-        settings, model, device, dtype, micro_batch, objective, batch, poll, team, at_least=3, budget=budget
-    )
+    seconds, for_row = measure(settings, rehearsal, dtype, micro_batch, at_least=3, budget=budget)
     validation = validation_rows / team.size * for_row + scoring
     if steps is None:
         time, share = 60 * settings.minutes, VALIDATING if train.patience is None else CHOOSING
@@ -199,14 +205,9 @@ def _steps_that_fit(
 
 def measure(
     settings: Settings,
-    model: nn.Module,
-    device: torch.device,
+    rehearsal: Rehearsal,
     dtype: str,
     micro_batch: int,
-    objective: Objective,
-    batch: Callable[[int], Batch],
-    poll: Callable[[], None],
-    team: Alone,
     *,
     at_least: int,
     budget: float,
@@ -220,19 +221,20 @@ def measure(
         of_all: what is made of their times. The mean, since a run is a sum: where others use the machine too, some
             steps take twice as long as most. To compare, the shortest is disturbed the least.
     """
-    trial = copy.deepcopy(model)
+    device, objective, team = rehearsal.device, rehearsal.objective, rehearsal.team
+    trial = copy.deepcopy(rehearsal.model)
     call = team.spread(trial, settings.train)
     optimizers = build_optimizers(trial, settings.optim, muon=team.muon)
     context = autocast(device.type, dtype)
     numbers = itertools.count()
 
     def step() -> None:
-        rows = batch(next(numbers)).to(device)
+        rows = rehearsal.batch(next(numbers)).to(device)
         for micro in rows.split(micro_batch):
             with context():
                 loss = call(objective, trial, micro) / max(1, rows.counted)
             loss.backward()
-            poll()
+            rehearsal.poll()
         torch.nn.utils.clip_grad_norm_(trial.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -250,7 +252,8 @@ def measure(
         return of_all(times[1:])
 
     training = seconds(step, at_least, budget)
-    part = next(batch(0).to(device).split(micro_batch))
+    part = next(rehearsal.batch(0).to(device).split(micro_batch))
     with watch_units(trial):
-        scoring = seconds(lambda: evaluate(trial, [part], context, poll, partial(call, objective)), 2, budget / 4)
+        score = partial(evaluate, trial, [part], context, rehearsal.poll, partial(call, objective))
+        scoring = seconds(score, 2, budget / 4)
     return training, scoring / len(part.samples)

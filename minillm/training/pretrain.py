@@ -30,7 +30,7 @@ from minillm.training.job import Job, Outcome
 from minillm.training.loop import train
 from minillm.training.objectives import training_objective
 from minillm.training.optim import build_optimizers
-from minillm.training.plan import Plan, autocast, choose_device, choose_dtype, cores, known_plan, make_plan
+from minillm.training.plan import Plan, Rehearsal, autocast, choose_device, choose_dtype, cores, known_plan, make_plan
 from minillm.training.profile import Profile
 from minillm.training.run import Metrics, read_metrics, write_json
 from minillm.training.signals import Signals
@@ -96,11 +96,13 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
 
     objective = training_objective(settings.train)
     micro = micro_batch(_micro_batch(work, model, device, objective, batch), rows)
-    way = _way(work, model, device, batch, objective, micro, signals)
+    poll = partial(team.poll, signals, midway=True)
+    rehearsal = Rehearsal(model=model, device=device, objective=objective, batch=batch, poll=poll, team=team)
+    way = _way(work, rehearsal, micro)
     by_block = device.type == "cpu" and (way.compile or settings.compile == "on")
     if by_block:  # before the plan, which then measures compiled steps
         by_block = compile_blocks(objective, model, next(batch(0).split(way.micro_batch)), way.dtype, work.say)
-    plan = _plan(work, model, device, batch, objective, way, signals)
+    plan = _plan(work, rehearsal, way)
     if device.type == "cpu":
         plan = replace(plan, compile=by_block)
     elif plan.compile:
@@ -161,54 +163,37 @@ def _micro_batch(work: Pretraining, model: Transformer, device: torch.device, ob
     return min(work.team.gather(rows))
 
 
-def _way(work: Pretraining, model: Transformer, device, batch, objective, micro: int, signals: Signals) -> Way:
+def _way(work: Pretraining, rehearsal: Rehearsal, micro: int) -> Way:
     """As config.json has it, or the fastest of those that were tried, which it then lists."""
     plan = known_plan(work.config, work.run)
     if plan is not None:
         return Way(plan.dtype, plan.threads, micro, plan.compile)
-    trial = choose(
-        work.settings,
-        model=model,
-        device=device,
-        micro_batch=micro,
-        objective=objective,
-        batch=batch,
-        poll=partial(work.team.poll, signals, midway=True),
-        team=work.team,
-        say=work.say,
-    )
-    if trial.seconds:
-        work.config["tried"] = trial.listed()
-        work.say(f"tried     {trial}")
+    trial = choose(work.settings, rehearsal, micro_batch=micro, say=work.say)
+    trial.tell(work.config, work.say)
     return trial.best
 
 
-def _plan(work: Pretraining, model: Transformer, device, batch, objective, way: Way, signals: Signals) -> Plan:
+def _plan(work: Pretraining, rehearsal: Rehearsal, way: Way) -> Plan:
     """The plan that config.json holds, or a new one, written there before anything else happens."""
     plan = known_plan(work.config, work.run)
     if plan is not None:
         steps = work.settings.steps or plan.steps
-        plan = replace(plan, steps=steps, device=device.type, micro_batch=way.micro_batch)
+        plan = replace(plan, steps=steps, device=rehearsal.device.type, micro_batch=way.micro_batch)
     else:
         rows = -(-len(work.shards.val) // work.settings.model.context)
         plan = make_plan(
             replace(work.settings, dtype=way.dtype),
-            model=model,
-            device=device,
+            rehearsal,
             micro_batch=way.micro_batch,
-            objective=objective,
-            batch=batch,
             validation_rows=rows,
-            poll=partial(work.team.poll, signals, midway=True),
-            team=work.team,
-            sampling=_sampling(work, model),
+            sampling=_sampling(work, rehearsal.model),
         )
         plan = work.team.share(plan)
     _keep_plan(work, plan)
     return plan
 
 
-def _sampling(work: Pretraining, model: Transformer) -> float:
+def _sampling(work: Pretraining, model: nn.Module) -> float:
     """Seconds of one sample, as the untrained model writes it."""
     began = time.perf_counter()
     for _ in () if work.sample is None else work.sample(model, 0):

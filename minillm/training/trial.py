@@ -15,17 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from minillm.config import Settings
-from minillm.data.batch import Batch
 from minillm.training import plan
 from minillm.training.compiling import blocks_as_written, compile_blocks
-from minillm.training.distributed import ALONE, Alone
 from minillm.training.memory import rows_each, smaller
-from minillm.training.objectives import Objective
 
 MARGIN = 0.05
 WORTH = 120.0
@@ -58,24 +55,19 @@ class Trial:
     seconds: dict[Way, float] = field(default_factory=dict)
     """Of a step in each way that was tried, in their order; empty where none was."""
 
-    def listed(self) -> dict[str, float]:
-        """For config.json."""
-        return {str(way): seconds for way, seconds in self.seconds.items()}
-
-    def __str__(self) -> str:
-        return "; ".join(f"{way}: {seconds:.3f} s a step" for way, seconds in self.seconds.items())
+    def tell(self, config: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Puts what was tried into what becomes config.json, and into one line."""
+        if self.seconds:
+            config["tried"] = {str(way): seconds for way, seconds in self.seconds.items()}
+            shown = "; ".join(f"{way}: {seconds:.3f} s a step" for way, seconds in self.seconds.items())
+            say(f"tried     {shown}")
 
 
 def choose(
     settings: Settings,
+    rehearsal: plan.Rehearsal,
     *,
-    model: nn.Module,
-    device: torch.device,
     micro_batch: int,
-    objective: Objective,
-    batch: Callable[[int], Batch],
-    poll: Callable[[], None],
-    team: Alone = ALONE,
     minutes_at_most: float | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Trial:
@@ -83,20 +75,18 @@ def choose(
 
     Args:
         micro_batch: the most rows at a time, those that fit the memory.
-        batch: step -> the rows of it.
-        poll: called between steps; may raise.
         minutes_at_most: what the run will take, if its steps would take longer.
         say: takes the compiler's complaint; None: a compiled step is not tried.
     """
-    usual = Way(plan.choose_dtype(settings, device), torch.get_num_threads(), micro_batch)
+    usual = Way(plan.choose_dtype(settings, rehearsal.device), torch.get_num_threads(), micro_batch)
     trial = Trial(usual)
-    if device.type != "cpu" or team.size > 1:
+    if rehearsal.device.type != "cpu" or rehearsal.team.size > 1:
         return trial
 
     def seconds(way: Way) -> float:
         torch.set_num_threads(way.threads)
-        knobs = way.dtype, way.micro_batch, objective, batch, poll, team
-        return plan.measure(settings, model, device, *knobs, at_least=STEPS_EACH - 1, budget=0.5, of_all=min)[0]
+        budget = {"at_least": STEPS_EACH - 1, "budget": 0.5}
+        return plan.measure(settings, rehearsal, way.dtype, way.micro_batch, **budget, of_all=min)[0]
 
     planned = 60 * min(settings.minutes or math.inf, minutes_at_most or math.inf)
     few = settings.steps is not None and STEPS_EACH > SHARE * settings.steps
@@ -110,14 +100,14 @@ def choose(
     if planned < WORTH:
         return trial
     trial.seconds[usual] = first
-    for change in _changes(settings, rows_each(batch(0), settings.train.batch), quiet):
+    for change in _changes(settings, rows_each(rehearsal.batch(0), settings.train.batch), quiet):
         _climb(trial, change, seconds, SHARE * planned)
     torch.set_num_threads(trial.best.threads)
     if say is not None and settings.compile == "auto" and planned >= COMPILING:
-        part = next(batch(0).split(trial.best.micro_batch))
-        if compile_blocks(objective, model, part, trial.best.dtype, say):
+        part = next(rehearsal.batch(0).split(trial.best.micro_batch))
+        if compile_blocks(rehearsal.objective, rehearsal.model, part, trial.best.dtype, say):
             _climb(trial, lambda way: replace(way, compile=True), seconds, math.inf)
-            blocks_as_written(model)
+            blocks_as_written(rehearsal.model)
     return trial
 
 

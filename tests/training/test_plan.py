@@ -7,9 +7,10 @@ import pytest
 
 from minillm.config import DamagedFile, Settings, from_dict
 from minillm.training import finetune, plan
-from minillm.training.distributed import ALONE
-from minillm.training.plan import VALIDATING, Plan, known_plan, make_plan
+from minillm.training.plan import VALIDATING, Plan, Rehearsal, known_plan, make_plan
 from tests.training.jobs import job
+
+NOBODY = Rehearsal(model=None, device=plan.torch.device("cpu"), objective=None, batch=None, poll=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,7 @@ def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float
     monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
     settings = from_dict(Settings, {"minutes": minutes, "model": {"vocab_size": 64}, "train": train})
     found = make_plan(
-        settings, model=None, device=plan.torch.device("cpu"), micro_batch=8, objective=None, batch=None,
-        validation_rows=100, poll=lambda: None, team=ALONE,
+        settings, NOBODY, micro_batch=8, validation_rows=100,
     )  # fmt: skip
     assert (found.steps, found.eval_every, found.eval_first) == expected
     validations = found.eval_first + -(-found.steps // found.eval_every)
@@ -43,8 +43,7 @@ def test_samples_are_a_part_of_the_minutes(monkeypatch) -> None:
     monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
     settings = from_dict(Settings, {"minutes": 2, "model": {"vocab_size": 64}})
     found = make_plan(
-        settings, model=None, device=plan.torch.device("cpu"), micro_batch=8, objective=None, batch=None,
-        validation_rows=100, poll=lambda: None, team=ALONE, sampling=3.0,
+        settings, NOBODY, micro_batch=8, validation_rows=100, sampling=3.0,
     )  # fmt: skip
     assert found.sample_steps == (0, 27, 107) and found.seconds == 107 + 2 * 2 + 3 * 3 == 120
     one = replace(found, steps=1, eval_every=1)
@@ -64,8 +63,8 @@ def test_a_step_is_timed_with_its_data_as_the_mean_of_all_but_the_first(monkeypa
     before = {name: x.clone() for name, x in work.model.state_dict().items()}
     settings = replace(work.settings, steps=8)
     found = make_plan(
-        settings, model=work.model, device=plan.torch.device("cpu"), micro_batch=2, objective=work.objective,
-        batch=batch, validation_rows=40, poll=lambda: None,
+        settings, replace(NOBODY, model=work.model, objective=work.objective, batch=batch), micro_batch=2,
+        validation_rows=40,
     )  # fmt: skip
     assert (found.seconds_per_step, found.seconds_per_validation) == (2.0, 40 / 2 * 3.0)
     assert asked == [0, 1, 2, 3, 0]

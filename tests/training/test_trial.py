@@ -30,19 +30,22 @@ def four_threads(monkeypatch):
     return known
 
 
+def rehearsal(batch) -> plan.Rehearsal:
+    return plan.Rehearsal(model=None, device=CPU, objective=None, batch=batch, poll=lambda: None)
+
+
 def chosen(monkeypatch, seconds, *, rows: int = 8, each: int = 1, **settings) -> tuple[Way, list[Way]]:
     """What is taken, and all that was tried, where a step in a way takes `seconds(way)`."""
     tried = []
 
-    def measure(settings, model, device, dtype, micro_batch, *_, **__):
+    def measure(settings, rehearsal, dtype, micro_batch, **_):
         tried.append(Way(dtype, torch.get_num_threads(), micro_batch))
         return seconds(tried[-1]), 0.0
 
     monkeypatch.setattr(plan, "measure", measure)
     values = {"minutes": 10.0, "model": {"dim": 64, "heads": 2}, "train": {"batch": 8}, **settings}
     found = choose(
-        from_dict(Settings, values), model=None, device=CPU, micro_batch=rows, objective=None, poll=lambda: None,
-        batch=lambda step: SimpleNamespace(samples=range(8 * each)),
+        from_dict(Settings, values), rehearsal(lambda step: SimpleNamespace(samples=range(8 * each))), micro_batch=rows,
     )  # fmt: skip
     assert list(found.seconds) == tried and torch.get_num_threads() == found.best.threads
     return found.best, tried
@@ -104,12 +107,11 @@ def test_a_compiled_step_is_tried_before_a_long_run(monkeypatch, minutes, gain, 
     state = []
     monkeypatch.setattr(trial, "compile_blocks", lambda *_: state.append("compiled") or works)
     monkeypatch.setattr(trial, "blocks_as_written", lambda model: state.clear())
-    monkeypatch.setattr(plan, "measure", lambda *args, **_: (0.1 * (args[4] + 1) * (gain if state else 1.0), 0.0))
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (0.1 * (args[3] + 1) * (gain if state else 1.0), 0.0))
     values = {"minutes": minutes, "dtype": "fp32", "train": {"batch": 2, "threads": 4}}
     batch = SimpleNamespace(samples=range(2), split=lambda rows: iter([rows]))
     found = choose(
-        from_dict(Settings, values), model=None, device=CPU, micro_batch=2, objective=None, poll=lambda: None,
-        batch=lambda step: batch, say=print,
+        from_dict(Settings, values), rehearsal(lambda step: batch), micro_batch=2, say=print,
     )  # fmt: skip
     assert found.best == Way("fp32", 4, 1, compile=taken)
     assert (Way("fp32", 4, 1, compile=True) in found.seconds) == (works and minutes == 10.0)
@@ -140,8 +142,7 @@ def test_trying_takes_a_small_share_of_the_run(monkeypatch, length, step, count)
     monkeypatch.setattr(plan, "measure", lambda *_, **__: calls.append(1) or (step, 0.0))
     values = {"model": {"dim": 64, "heads": 2}, "train": {"batch": 8}, **length}
     found = choose(
-        from_dict(Settings, values), model=None, device=CPU, micro_batch=8, objective=None, poll=lambda: None,
-        batch=lambda step: SimpleNamespace(samples=range(8)),
+        from_dict(Settings, values), rehearsal(lambda step: SimpleNamespace(samples=range(8))), micro_batch=8,
     )  # fmt: skip
     assert len(calls) == count or (step < 0.2 and len(calls) == 1), "a run of 90 s is known by its first way"
     assert len(found.seconds) == count and found.best == Way("fp32", 4, 8)
@@ -153,8 +154,8 @@ def test_a_run_keeps_what_was_chosen_and_a_resumed_one_does_not_try_again(
     """Real steps, of which those with 2 threads and 4 rows are told to be the fastest."""
     measure = plan.measure
 
-    def favouring(settings, model, device, dtype, micro_batch, *rest, **budget):
-        seconds, scoring = measure(settings, model, device, dtype, micro_batch, *rest, **budget)
+    def favouring(settings, rehearsal, dtype, micro_batch, **budget):
+        seconds, scoring = measure(settings, rehearsal, dtype, micro_batch, **budget)
         favoured = (dtype == "fp32") + (torch.get_num_threads() == 2) + (micro_batch == 4)
         return seconds * 0.1**favoured, scoring
 
