@@ -132,6 +132,7 @@ import dataclasses, json, resource, sys
 from pathlib import Path
 import torch
 from minillm import preflight
+from minillm.machine import peak_bytes
 from minillm.presets import settings
 from minillm.model.transformer import Transformer
 from minillm.training.objectives import training_objective
@@ -159,7 +160,7 @@ torch.manual_seed(0)
 batch = preflight._empty_batch(chosen, rows, cpu)
 batch.ids.random_(0, chosen.model.vocab_size)
 train(Transformer(chosen.model), batch, 3)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(peak_bytes() - before)
 """
 
 

@@ -222,14 +222,15 @@ def test_no_file_from_elsewhere(prepared: Prepare, corpus: Path, tmp_path: Path)
 
 
 BOUNDED = """
-import resource, sys
+import sys
+from minillm.machine import peak_bytes
 from minillm.data.shards import prepare
 from minillm.data.sources import open_source
 from tests.data.conftest import encode
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = peak_bytes()
 shards = prepare(open_source(sys.argv[1]), sys.argv[2], encode=encode, tokenizer_hash="ab" * 32, vocab_size=260,
                  document_id=2, workers=1, shard_tokens=10_000_000)
-print(len(shards.train) + len(shards.val), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)
+print(len(shards.train) + len(shards.val), (peak_bytes() - start) // 2**20)
 """
 
 
