@@ -55,6 +55,34 @@ def test_predict_tags_words(encoder: Path, tmp_path: Path, capsys: pytest.Captur
     assert found[0]["entities"][0] == {"type": "RED", "start": 1, "end": 2, "text": "fox"}
 
 
+def test_what_tagger_and_answerer_did_not_read_is_said(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both read a long text in parts and lose nothing of it; of a word or a question that fills a part they do."""
+    _, tokenizer = load(encoder)
+    word, question = "trees" * 30, "is the fox over the hills " * 9 + "?"
+    (tmp_path / "tag").mkdir()
+    run = tuned(encoder, "tag", tmp_path / "tag", capsys, steps=1)
+    (tmp_path / "input.txt").write_text("the fox is over\n" + "the fox is " * 30 + f"\nthe {word} is\n")
+    done = minillm(capsys, "predict", run, "--input", tmp_path / "input.txt")
+    short, long, cut = rows(done.out)
+    assert len(long["tokens"]) == len(long["tags"]) == 90 and len(cut["tags"]) == 3
+    lost = len(tokenizer.encode(f" {word}")) - (48 - 2)
+    assert lost > 0 and [answer.get("unread_tokens") for answer in (short, long, cut)] == [None, None, lost]
+    assert "untagged" not in cut and "note: 1 of 3 inputs do not fit the context of 48 tokens" in done.err
+    data = lines(tmp_path / "tags.jsonl", [{"tokens": ["the", word], "tags": ["O", "O"]}])
+    assert "1 examples are cut" in minillm(capsys, "evaluate", run, "--data", data).err
+
+    (tmp_path / "span-qa").mkdir()
+    run = tuned(encoder, "span-qa", tmp_path / "span-qa", capsys, steps=1)
+    texts = [("what is it ?", "the fox"), ("what is it ?", "the fox is " * 30), (question, "the fox")]
+    ask = lines(tmp_path / "ask.jsonl", [{"question": asked, "context": text} for asked, text in texts])
+    done = minillm(capsys, "predict", run, "--input", ask)
+    lost = len(tokenizer.encode(question)) - (48 - 3) // 2
+    assert lost > 0 and [answer.get("unread_tokens") for answer in rows(done.out)] == [None, None, lost]
+    assert "note: 1 of 3 inputs do not fit the context of 48 tokens" in done.err
+
+
 def test_predict_gives_probabilities_for_lines_of_text(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

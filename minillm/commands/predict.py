@@ -1,7 +1,9 @@
 """`minillm predict MODEL --input FILE`: one line of JSON for each input.
 
 classify  label, scores     regress  label     tag  tags, entities     span-qa  answer     seq2seq  target
-chat, preference  reply     lm  text     (all but tag and span-qa: unread_tokens too, where the context is too short)
+chat, preference  reply     lm  text
+unread_tokens too, where the context is too short (tag and span-qa read a long text in parts: of a word, or a question,
+that fills one); untagged, the places of words whose characters the tokenizer drops
 """
 
 import json
@@ -57,13 +59,16 @@ def main(argv: list[str]) -> int:
     elif args.beams != 1:
         raise UserError(f"--beams is for tasks that write texts: {', '.join(WRITES)}; this model does {task.name}")
     examples, means = inputs(task, args.input), opened_means(opened)
-    cut = 0
+    cut = untagged = 0
     for first in range(0, len(examples), PART):
         for answer in task.answers(opened.model, examples[first : first + PART], means, **options):
             print(json.dumps(answer, ensure_ascii=False), flush=True)
             cut += "unread_tokens" in answer
+            untagged += len(answer.get("untagged", ()))
     if cut:
         say(f"note: {cut} of {len(examples)} inputs do not fit the context of {means.room} tokens: see unread_tokens")
+    if untagged:
+        say(f"note: {untagged} words have no token in this tokenizer and get the default tag: see untagged")
     return 0
 
 

@@ -145,6 +145,8 @@ class SpanData:
         token_types: whether the model tells question (0) from context (1).
     """
 
+    dropped = 0
+
     def __init__(
         self,
         examples: Sequence[SpanExample],
@@ -167,10 +169,10 @@ class SpanData:
         """Of each row [window, 2] characters of the context for each token of the window."""
         self.begins: list[int] = []
         """Of each row where in it the window begins."""
-        self.truncated = 0
-        """Questions that lost tokens: those longer than half of a row."""
-        self.dropped = 0
-        """Answers that no window holds whole: their questions are learnt as unanswerable in every window."""
+        self.lost: list[int] = []
+        """Tokens of each question that do not fit: it has half of a row."""
+        self.unheld: list[bool] = []
+        """Of each question whether no window holds its answer whole: it is learnt as unanswerable in every window."""
         for number, example in enumerate(self.examples):
             self._add(number, example, tokenizer)
 
@@ -178,7 +180,7 @@ class SpanData:
         question = encode(tokenizer, example.record, example.question)
         ids, offsets = encode_with_offsets(tokenizer, example.record, example.context)
         longest = (self.context - 3) // 2
-        self.truncated += len(question) > longest
+        self.lost.append(max(0, len(question) - longest))
         head = [tokenizer.document_id, *question[:longest], tokenizer.end_id]
         room = self.context - len(head) - 1
         overlap = min(room // 3 if self.overlap is None else self.overlap, room - 1)
@@ -194,7 +196,11 @@ class SpanData:
             shift = len(head) - begin
             self.targets.append((answer[0] + shift, answer[1] + shift) if inside else (0, 0))
             found |= inside
-        self.dropped += not found
+        self.unheld.append(not found)
+
+    @property
+    def truncated(self) -> int:
+        return sum(lost > 0 or unheld for lost, unheld in zip(self.lost, self.unheld, strict=True))
 
     def __len__(self) -> int:
         return len(self.rows)

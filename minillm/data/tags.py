@@ -156,8 +156,8 @@ class TagData:
         """Of each row (word of the example, place of its first piece in the row)."""
         self.example_of: list[int] = []
         """Of each row the example that it is a part of."""
-        self.truncated = 0
-        """Words longer than a row, of which the end is cut; a row never begins inside a word."""
+        self.lost = [0] * len(self.examples)
+        """Tokens of each example that do not fit: the ends of words longer than a row, which begins between two."""
         if context < 3:
             raise UserError(f"a context of {context} leaves no room for a word; take a model with a longer one")
         for number, example in enumerate(self.examples):
@@ -182,11 +182,15 @@ class TagData:
 
     def _close(self, number: int, ids, targets, window, begin: int, end: int, tokenizer: TaskTokenizer) -> None:
         cut = min(end, begin + self.context - 2)
-        self.truncated += cut < end
+        self.lost[number] += end - cut
         self.rows.append([tokenizer.document_id, *ids[begin:cut], tokenizer.end_id])
         self.targets.append([IGNORED, *targets[begin:cut], IGNORED])
         self.first_pieces.append([(word, at - begin + 1) for word, at in window if at < cut])
         self.example_of.append(number)
+
+    @property
+    def truncated(self) -> int:
+        return sum(lost > 0 for lost in self.lost)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,10 +199,17 @@ class TagData:
         rows, targets = [self.rows[i] for i in indices], [self.targets[i] for i in indices]
         return text_batch(rows, targets, samples, pad_id=self.pad_id, context=self.context)
 
+    def untagged(self) -> list[list[int]]:
+        """Of each example the words that have no piece of their own, since the tokenizer drops their characters."""
+        words = [set(range(len(example.words))) for example in self.examples]
+        for row, number in enumerate(self.example_of):
+            words[number] -= {word for word, _ in self.first_pieces[row]}
+        return [sorted(of_example) for of_example in words]
+
     def tags(self, predictions: Sequence[np.ndarray], labels: Labels) -> list[list[str]]:
         """The tag of every word of every example.
 
-        A word that has no piece, since the tokenizer drops its characters, is O (or the first label).
+        A word that has no piece (see `untagged`) is O, or the first label.
 
         Args:
             predictions: for each row, in their order, [T] the label at each place.

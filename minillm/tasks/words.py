@@ -15,7 +15,7 @@ from minillm.data.tags import TagData, TagExample, read_tags, tag_examples, tag_
 from minillm.evaluation.answers import answer_scores, best_null_threshold
 from minillm.evaluation.entities import entities, entity_scores
 from minillm.model.heads import HeadConfig
-from minillm.tasks.task import Means, Task, outputs
+from minillm.tasks.task import Means, Task, outputs, unread
 from minillm.training.objectives import Objective, label_loss, span_loss, span_scores
 
 
@@ -77,13 +77,15 @@ class Tag(Task):
         return "each word's most frequent tag", entity_scores([example.tags or () for example in val], guessed)
 
     def answers(self, model: nn.Module, examples: Sequence[TagExample], means: Means, **options: Any) -> Iterator[dict]:
-        tags = self._tags(model, self.data(examples, means, labelled=False))
-        for example, found in zip(examples, tags, strict=True):
+        data = self.data(examples, means, labelled=False)
+        answers = zip(examples, self._tags(model, data), data.lost, data.untagged(), strict=True)
+        for example, found, lost, untagged in answers:
             spans = [
                 {"type": kind, "start": start, "end": end, "text": " ".join(example.words[start:end])}
                 for kind, start, end in entities(found)
             ]
-            yield {"tokens": list(example.words), "tags": found, "entities": spans}
+            answer = {"tokens": list(example.words), "tags": found, "entities": spans}
+            yield answer | unread(lost) | ({"untagged": untagged} if untagged else {})
 
 
 class SpanQA(Task):
@@ -155,10 +157,11 @@ class SpanQA(Task):
     def answers(
         self, model: nn.Module, examples: Sequence[SpanExample], means: Means, **options: Any
     ) -> Iterator[dict]:
-        found = self._found(model, self.data(examples, means, labelled=False))
-        for example, answer, given in zip(examples, found, self._given(found, model), strict=True):
+        data = self.data(examples, means, labelled=False)
+        found = self._found(model, data)
+        for example, answer, given, lost in zip(examples, found, self._given(found, model), data.lost, strict=True):
             lead = {"score": answer.score, "null": answer.null}
-            yield {"id": example.key, "question": example.question, "answer": given, **lead}
+            yield {"id": example.key, "question": example.question, "answer": given, **lead} | unread(lost)
 
 
 def _golden(examples: Sequence[SpanExample]) -> list[list[str]]:

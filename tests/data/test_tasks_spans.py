@@ -143,9 +143,10 @@ def test_what_no_window_holds_is_counted() -> None:
     context = " ".join(f"w{i}" for i in range(50))
     answer = " ".join(f"w{i}" for i in range(20, 40))
     data = SpanData([example("Who?", answer, context=context)], tokenizer, context=16)
-    assert data.dropped == 1 and set(data.targets) == {(0, 0)}
+    assert data.truncated == 1 and data.lost == [0] and set(data.targets) == {(0, 0)}
     long = SpanData([example("Why " * 40, "dog")], tokenizer, context=32)
     assert long.truncated == 1 and max(map(len, long.rows)) == 32
+    assert long.lost == [len(tokenizer.encode("Why " * 40)) - (32 - 3) // 2]
 
 
 def test_the_best_span_lies_in_order_and_is_not_endless() -> None:

@@ -114,6 +114,21 @@ def test_a_tokenizer_may_give_its_own_offsets() -> None:
     assert data.targets == [[IGNORED, 1, IGNORED, IGNORED, 0, IGNORED]]
 
 
+class WithoutControls(PieceTokenizer):
+    """Says nothing of the bell, as BERT's tokenizers do."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        kept = [i for i, character in enumerate(text) if character not in " \a"]
+        return [4] * len(kept), [(i, i + 1) for i in kept]
+
+
+def test_words_without_a_piece_are_named() -> None:
+    examples = [sentence("a \a b \a\a", "B-X O I-X O"), sentence("a", "O")]
+    data = TagData(examples, LABELS, WithoutControls(), context=4)
+    assert len(data) == 2 and data.untagged() == [[1, 3], []]
+    assert data.tags([np.array([0, 1, 2, 0]), np.array([0, 1, 0])], LABELS) == [["B-X", "O", "I-X", "O"], ["B-X"]]
+
+
 class Bytes(PieceTokenizer):
     token_bytes = [b""] * 4 + [bytes([i]) for i in range(256)]
 
@@ -147,6 +162,8 @@ def test_long_sentences_are_cut_between_words_and_no_tag_is_lost(context: int) -
     )
     assert (kept == " ".join(words)) == (data.truncated == 0)
     assert (data.truncated == 0) == (context > 5)
+    read = sum(len(row) - 2 for row, number in zip(data.rows, data.example_of, strict=True) if not number)
+    assert data.lost == [len(tokenizer.encode(" ".join(words))) - read, 0] and data.untagged() == [[], []]
 
 
 def test_without_labels_nothing_is_a_target() -> None:
