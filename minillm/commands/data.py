@@ -27,7 +27,7 @@ class Prepare:
     validation: float = 0.05
     """Share of the text that is held out."""
     workers: int | None = None
-    """Processes. None: one for each core, and below 64 MB of text this one alone."""
+    """Processes. None: one for each core, and below 64 MB of files this one alone."""
     shard_tokens: int = 100_000_000
     """Tokens in one file."""
     overwrite: bool = False

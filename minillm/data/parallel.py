@@ -7,10 +7,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Protocol, TypeVar
 
 import numpy as np
+
+from minillm.config import UserError
 
 
 class HasText(Protocol):
@@ -29,6 +32,8 @@ def encoded(
 
     Args:
         workers: processes, each with its own copy of `encode`, which must be picklable then. 1: this process.
+
+    Raises `UserError` where one of the processes has died.
     """
     if workers == 1:
         for batch in batches:
@@ -47,6 +52,11 @@ def encoded(
             while waiting:
                 first, ids = waiting.popleft()
                 yield first, ids.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"one of {workers} tokenizing processes has died, perhaps for want of memory; take fewer of them "
+                "(--workers 1, in training --data.workers 1)"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -23,7 +23,7 @@ from minillm.data.tokens import TokenStream, TokenWriter
 __all__ = ["Shards", "TokenStream", "corpus_hash", "default_workers", "is_prepared", "open_shards", "prepare", "verify"]
 
 _BATCH = 1 << 19  # characters that are encoded at a time
-_SMALL = 64 << 20  # bytes of text below which starting processes costs more than they save
+_SMALL = 64 << 20  # bytes of files below which starting processes costs more than they save
 Progress = Callable[[int, int | None], None]
 
 
@@ -49,7 +49,7 @@ def prepare(
         encode: texts → ids of each, without special ids; must be picklable where there is more than one worker.
         tokenizer_hash: 64 hex digits, by which `open_shards` knows the tokenizer again.
         validation: share of the text that is held out; see split.py.
-        workers: processes. None: one for each core, and below 64 MB of text this one alone.
+        workers: processes. None: one for each core, and below 64 MB of files this one alone.
         shard_tokens: tokens in one file.
         progress: called with the bytes of text done, and of all (None where only reading tells).
 
@@ -74,8 +74,9 @@ def prepare(
 
 def default_workers(source: Source) -> int:
     """Processes that tokenize a source: one for each core, or this one alone where starting them would not pay."""
-    small = source.size is not None and source.size < _SMALL
-    return 1 if small else os.cpu_count() or 1
+    if source.stored < _SMALL:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def corpus_hash(source: Source) -> str:

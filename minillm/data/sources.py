@@ -61,6 +61,11 @@ class Source:
         """Bytes of text, for progress; None where only reading tells (.jsonl, .parquet)."""
         if self.is_prepared or any(ending(path) not in (".txt", ".md", ".py") for _, path in self.files):
             return None
+        return self.stored
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the files as they lie on the disk, packed or not."""
         return sum(path.stat().st_size for _, path in self.files if path.is_file())
 
     def documents(self) -> Iterator[Document]:

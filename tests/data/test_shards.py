@@ -1,5 +1,6 @@
 """Shards: what is written is what was read, what is damaged is found, and memory stays within bounds."""
 
+import os
 import random
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from minillm.config import DamagedFile, UserError
 from minillm.data import readers
 from minillm.data.index import render_index
-from minillm.data.shards import corpus_hash, is_prepared, open_shards, verify
+from minillm.data.shards import corpus_hash, default_workers, is_prepared, open_shards, verify
 from minillm.data.sources import open_source
 from minillm.data.tokens import read_header
 from tests.data.conftest import DOCUMENT, HASH, VOCAB, Prepare, decode, encode
@@ -97,6 +98,26 @@ def test_workers_and_shard_sizes_change_nothing(prepared: Prepare, corpus: Path,
     for a, b in ((one.train, two.train), (one.val, two.val)):
         np.testing.assert_array_equal(all_ids(a), all_ids(b))
     assert one.info == two.info and seen[-1] == (one.info["bytes"], one.info["bytes"])
+
+
+def test_a_small_source_takes_one_process_and_a_large_one_our_cores(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
+    source = open_source(str(tmp_path / "t.jsonl"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert default_workers(source) == 1
+    monkeypatch.setattr("minillm.data.shards._SMALL", source.stored)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1000)  # a machine of which a part is ours
+    assert default_workers(source) == (cores if hasattr(os, "sched_getaffinity") else 1000)
+
+
+def end_the_process(texts: list[str]) -> list[list[int]]:
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_named(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one of 2 tokenizing processes has died.*--workers 1"):
+        prepared(corpus, encode=end_the_process, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_windows_go_around_the_ring_and_across_files(prepared: Prepare, corpus: Path) -> None:
