@@ -102,9 +102,10 @@ class TrainConfig:
     """Sequences in one forward and backward pass; a step accumulates as many as it needs. None: what fits; a long run
     on a CPU tries whether fewer are faster."""
     eval_every: int | None = None
-    """Steps between validations. None: a tenth of the run; of `minutes` as many as cost a twentieth of them."""
+    """Steps between validations. None: a tenth of the run, of `minutes` a fifth; more where that would take over a
+    twentieth of the time (a fifth where they choose the best step)."""
     save_every: int | None = None
-    """Steps between checkpoints. None: as often as validations; in `minutes` at least five."""
+    """Steps between checkpoints. None: a tenth of the run, of `minutes` a fifth, or `eval_every`."""
     log_every: int | None = None
     """Steps between lines of the log. None: a hundredth of the run."""
     keep: int = 2

@@ -1,8 +1,9 @@
 """What a run will do, decided before its first step: device, precision, threads, and how many steps fit the time.
 
 Everything that was decided or measured here goes into config.json, and a resumed run takes it from there. The choices
-are a function of the machine and the settings alone, but for two: the steps that `--minutes` becomes follow from the
-measured speed, and before a long run on a CPU what is usual is held against other ways (trial.py).
+are a function of the machine and the settings alone, but for two: the steps that `--minutes` becomes, and how often a
+long run is validated, follow from the measured speed, and before a long run on a CPU what is usual is held against
+other ways (trial.py).
 """
 
 import copy
@@ -34,9 +35,14 @@ BF16_WIDTH = 128
 (see trial.py)."""
 
 
-VALIDATING, CHOOSING, SAVES = 0.05, 0.2, 5
-"""Share of the planned minutes that may go into validations (one at the end there is always), the same where they
-choose the best step and stop early, and checkpoints."""
+VALIDATING, CHOOSING = 0.05, 0.2
+"""Share of a run's time that may go into validations (one at the end there is always), and the same where they choose
+the best step and stop early."""
+UNNOTICED = 10.0
+"""Seconds that the validations of `--steps` may take in any case: a short run does not depend on the clock."""
+OF_MINUTES, OF_STEPS = 5, 10
+"""Parts of a run, after each of which it is saved. It is validated after some or all of them, so that the weights of
+the best step are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,19 +166,22 @@ def make_plan(
     device, team = rehearsal.device, rehearsal.team
     dtype = choose_dtype(settings, device)
     steps, train, first = settings.steps, settings.train, True
+    share = VALIDATING if train.patience is None else CHOOSING
     if steps is None and settings.minutes is None:
         raise UserError("give the length of the run: --steps N or --minutes M")
     budget = min(8.0, 2.0 * (settings.minutes or 0.5))  # never more than a small part of the time that is planned
     seconds, for_row = measure(settings, rehearsal, dtype, micro_batch, at_least=3, budget=budget)
     validation = validation_rows / team.size * for_row + scoring
     if steps is None:
-        time, share = 60 * settings.minutes, VALIDATING if train.patience is None else CHOOSING
+        time = 60 * settings.minutes
         # Where validations choose the best step, the untrained model is one of those to choose from.
         first = train.eval_every is not None or train.patience is not None or 2 * validation <= share * time
         steps, eval_every = _steps_that_fit(time - 3 * sampling, seconds, validation, share, train.eval_every, first)
-        save_every = min(eval_every, math.ceil(steps / SAVES))
+        save_every = min(eval_every, math.ceil(steps / OF_MINUTES))
     else:
-        save_every = eval_every = train.eval_every or max(1, math.ceil(steps / 10))
+        save_every = train.eval_every or math.ceil(steps / OF_STEPS)
+        spare = max(UNNOTICED, share / (1 - share) * steps * seconds)
+        eval_every = train.eval_every or min(steps, save_every * _parts_apart(OF_STEPS, spare / validation - first))
     return Plan(
         device=device.type,
         dtype=dtype,
@@ -198,9 +207,14 @@ def _steps_that_fit(
     """(steps, eval_every) for `time`, all in seconds, validations at the end, in between and `first` included."""
     if eval_every is not None:
         return max(1, int((time - 2 * validation) / (step + validation / eval_every))), eval_every
-    parts = min(5, max(1, int(share * time / validation) - first))  # a validation after each of them
-    steps = max(1, int((time - (first + parts) * validation) / step))
-    return steps, math.ceil(steps / parts)
+    apart = _parts_apart(OF_MINUTES, share * time / validation - first)
+    steps = max(1, int((time - (first + math.ceil(OF_MINUTES / apart)) * validation) / step))
+    return steps, min(steps, apart * math.ceil(steps / OF_MINUTES))
+
+
+def _parts_apart(parts: int, affordable: float) -> int:
+    """After how many of a run's `parts` it is validated, so often as is affordable, but always at the end."""
+    return math.ceil(parts / min(parts, max(1, int(affordable))))
 
 
 def measure(

@@ -7,7 +7,7 @@ import pytest
 
 from minillm.config import DamagedFile, Settings, from_dict
 from minillm.training import finetune, plan
-from minillm.training.plan import VALIDATING, Plan, Rehearsal, known_plan, make_plan
+from minillm.training.plan import UNNOTICED, VALIDATING, Plan, Rehearsal, known_plan, make_plan
 from tests.training.jobs import job
 
 NOBODY = Rehearsal(model=None, device=plan.torch.device("cpu"), objective=None, batch=None, poll=lambda: None)
@@ -37,6 +37,44 @@ def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float
     assert found.seconds == found.steps + 2 * validations <= 60 * minutes
     if not train and validations > 1:
         assert 2 * validations <= VALIDATING * 60 * minutes
+
+
+@pytest.mark.parametrize(
+    ("steps", "validation", "train", "expected"),
+    [
+        (1000, 4.0, {}, (100, 100)),  # 44 s of 1,000 and more
+        (
+            1000,
+            10.0,
+            {},
+            (300, 100),
+        ),  # the first and four more are affordable: after three parts, six, nine and at the end
+        (1000, 100.0, {}, (1000, 100)),  # one would take too long, but at start and end there always is one
+        (1000, 10.0, {"patience": 3}, (100, 100)),  # dear, but what the best step is chosen by
+        (1000, 100.0, {"eval_every": 7}, (7, 7)),  # as asked for, whatever it takes
+        (7, UNNOTICED / 11, {}, (1, 1)),  # a fifth of the time, and nobody waits for it
+        (7, UNNOTICED / 5, {}, (3, 1)),
+    ],
+)
+def test_a_run_of_steps_is_validated_as_often_as_it_can_afford(monkeypatch, steps, validation, train, expected) -> None:
+    """A step takes a second. What is validated is saved, so that the best step can be kept."""
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, validation / 100))
+    settings = from_dict(Settings, {"steps": steps, "model": {"vocab_size": 64}, "train": train})
+    found = make_plan(settings, NOBODY, micro_batch=8, validation_rows=100)
+    assert (found.eval_every, found.save_every) == expected and found.eval_every % found.save_every == 0
+    assert found.eval_first
+    validations = 1 + -(-steps // found.eval_every)
+    if not train and validations > 2:
+        assert validations * validation <= max(UNNOTICED, VALIDATING * found.seconds) + 1e-9
+
+
+@pytest.mark.parametrize("minutes", [2.0, 3.0, 4.0, 5.0, 8.0])
+def test_what_is_validated_is_saved(monkeypatch, minutes: float) -> None:
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
+    settings = from_dict(Settings, {"minutes": minutes, "model": {"vocab_size": 64}})
+    found = make_plan(settings, NOBODY, micro_batch=8, validation_rows=100)
+    assert found.eval_every == found.steps or found.eval_every % found.save_every == 0
+    assert 60 * minutes - 1 - 2 < found.seconds <= 60 * minutes
 
 
 def test_samples_are_a_part_of_the_minutes(monkeypatch) -> None:
