@@ -44,7 +44,7 @@ def tune(arguments: argparse.Namespace) -> int:
 def generation(arguments: argparse.Namespace) -> int:
     from benchmarks import generation
 
-    return generation.run(arguments.model, arguments.out, quick=arguments.quick)
+    return generation.run(arguments.model or (), arguments.out, quick=arguments.quick)
 
 
 def tokenizer(arguments: argparse.Namespace) -> int:
@@ -129,7 +129,9 @@ def parser() -> argparse.ArgumentParser:
     added = command(tune, "launch choices for this GPU", quick="few candidates, common shapes")
     added.add_argument("--family", action="append", metavar="F", help="one tuned table, may be repeated (default: all)")
     added = command(generation, "tokens a second", quick="a tiny model, few tokens")
-    added.add_argument("--model", metavar="MODEL", help="a preset's name or a MODEL folder (default: gpt2)")
+    added.add_argument(
+        "--model", action="append", metavar="MODEL", help="a preset or a MODEL folder, may be repeated (gpt2, llama-5m)"
+    )
     command(tokenizer, "compression, MB a second", quick="a small part of the corpus")
     added = command(training, "steps of pretraining", quick="a tiny model, few steps")
     added.add_argument(

@@ -58,12 +58,13 @@ def setting(model: dict[str, Any], batch: int, device: torch.device, dtype: str)
 
 def start(of: Setting) -> nn.Module:
     """A model of Transformers' in the setting's shape with random weights: where all begin."""
-    model = _start(of.settings.model)
+    model = random_model(of.settings.model)
     model.loss_type = "ForCausalLM"  # what it takes by itself, with a warning
     return model
 
 
-def _start(model: ModelConfig) -> Any:
+def random_model(model: ModelConfig) -> Any:
+    """GPT2LMHeadModel where positions are learned, else Qwen3ForCausalLM."""
     import transformers
 
     torch.manual_seed(0)
@@ -87,13 +88,18 @@ def _start(model: ModelConfig) -> Any:
     )  # fmt: skip
 
 
+def same_weights(theirs: Any) -> Transformer:
+    """A model of Transformers' as one of ours."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        theirs.save_pretrained(folder)
+        model = build(read_hf(folder))
+    assert isinstance(model, Transformer)
+    return copy.deepcopy(model)  # the file's own memory goes with the folder
+
+
 def minillm(of: Setting, first: nn.Module) -> Trainer:
     """Ours, as `minillm train` makes steps."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        first.save_pretrained(folder)
-        model = build(read_hf(folder))
-    model = copy.deepcopy(model).to(of.device).train()  # the file's own memory goes with the folder
-    assert isinstance(model, Transformer)
+    model = same_weights(first).to(of.device).train()
     objective = training_objective(of.settings.train)
     batches: list[Batch] = []
     job = Job(

@@ -71,13 +71,14 @@ def generation(results: Path) -> str:
         for found in cases.values():
             first = next(iter(found.values()))
             shape, model = first["shape"], first["kernel"].removeprefix("generate ")
-            title = f"{model}, batch {shape['B']}, {'cache' if shape['cache'] else 'no cache'}"
+            title = f"{model}, {first['dtype']}, batch {shape['B']}, {'cache' if shape['cache'] else 'no cache'}"
             body.append(
                 [title, str(shape["new_tokens"])]
                 + [spread(found[name], "tokens", 0) if "tokens_p50" in found.get(name, {}) else "–" for name in names]
             )
         load = max(row["load"] for row in rows)
-        note = f"{device}; tokens a second, median (p20 to p80), fp32, greedy. Load of the machine up to {load}."
+        note = f"{device}, {rows[0]['threads']} threads; new tokens a second, all rows together, greedy; "
+        note += f"median (p20 to p80). Load of the machine up to {load}."
         parts.append(markdown(["", "new tokens", *names], body, f"{note} {versions(rows)}"))
     return "\n\n".join(parts) or missing("python -m benchmarks generation")
 

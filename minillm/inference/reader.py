@@ -9,13 +9,14 @@ the text began there. What it reads is a function of the text's length alone, so
 agree there too.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from minillm.config import UserError
+from minillm.inference import recorded
 from minillm.model.cache import KVCache
 from minillm.model.transformer import Transformer
 
@@ -54,7 +55,9 @@ class Reader:
         self.device = model.embedding.weight.device
         self.context = room(model)
         self.use_cache = use_cache and self.context > 1  # of one token there is nothing to remember
+        self.records = recorded.possible(self.device)
         self.cache: KVCache | None = None
+        self.step: Callable[[Tensor], Tensor] | None = None  # that of the cache's present rows, after their first
         self.starts: list[int] = []
         self.source: Tensor | None = None  # [B, S]
         self.source_segments: Tensor | None = None  # [B, S] 0, and -1 for padding
@@ -67,25 +70,41 @@ class Reader:
         starts = [window_start(len(text), self.context) for text in texts]
         moved = [row for row, (was, now) in enumerate(zip(self.starts, starts, strict=False)) if was != now]
         if self.cache is None or len(moved) == len(texts):
-            states = self._read([text[start:] for text, start in zip(texts, starts, strict=True)])
+            logits = self._read([text[start:] for text, start in zip(texts, starts, strict=True)])
         else:
             if moved:
                 self._read_again(moved, [texts[row][starts[row] : -1] for row in moved])
-            last = torch.tensor([text[-1:] for text in texts], device=self.device)  # [B, 1]
-            states = self._states(last, self.cache)[:, -1]
+            logits = self._read_last(torch.tensor([text[-1:] for text in texts], device=self.device))
         self.starts = starts
-        return self.model.head(states, self.model.output_weight).float()
+        return logits
 
     def _read(self, windows: list[Sequence[int]]) -> Tensor:
-        """All of `windows` at once -> the state [B, dim] at the last token of each."""
+        """All of `windows` at once -> logits [B, V] after the last token of each."""
         ids, lengths = self._padded(windows)
         if self.use_cache:
             cache = self._new_cache(len(windows), min(ids.shape[1] + self.new_tokens, self.context))
+            cache.whole = self.records
             if self.cache is not None:
                 cache.remember(self.cache)  # the source has not changed, only the decoder's window
-            self.cache = cache
+            self.cache, self.step = cache, None
         states = self._states(ids, self.cache, lengths)
-        return states[torch.arange(len(windows), device=self.device), lengths - 1]
+        return self._logits(states[torch.arange(len(windows), device=self.device), lengths - 1])
+
+    def _read_last(self, ids: Tensor) -> Tensor:
+        """[B, 1] one more token of each row -> logits [B, V]; recorded where the same rows were read so before."""
+        assert self.cache is not None
+        if self.step is None:
+            self.step = self._one_token
+        elif self.records and self.step == self._one_token:
+            self.step = recorded.RecordedStep(self._one_token, self.cache, ids)
+        return self.step(ids)
+
+    def _one_token(self, ids: Tensor) -> Tensor:
+        return self._logits(self._states(ids, self.cache)[:, -1])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """[B, dim] -> [B, V] fp32"""
+        return self.model.head(states, self.model.output_weight).float()
 
     def _read_again(self, moved: list[int], windows: list[Sequence[int]]) -> None:
         """Puts `windows` into the cache in the place of what the rows `moved` [B'] hold there."""
@@ -129,6 +148,7 @@ class Reader:
             self.source, self.source_segments = self.source[index], self.source_segments[index]
         if self.cache is not None:
             self.cache.keep(index)
+            self.step = None
 
 
 @contextmanager

@@ -124,10 +124,10 @@ class SelfAttention(Attention):
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cache: KVCache) -> Tensor:
         k, v = cache.write(self.layer, k, v)  # keys go in rotated: a cached key never needs its position again
         options: dict[str, Any] = dict(window=self.window, softcap=self.softcap, slopes=slopes)
+        if q.shape[2] == 1 and (cache.whole or cache.ragged):
+            return ops.decode_attention(q, k, v, cache.lengths, **options)
         if not cache.ragged:  # rows of one length: the last query stands on the last key, no lengths are needed
             return ops.attention(q, k, v, causal=True, **options)
-        if q.shape[2] == 1:
-            return ops.decode_attention(q, k, v, cache.lengths, **options)
         return ops.attention(q, k, v, causal=True, lengths=(cache.new, cache.lengths), **options)
 
 

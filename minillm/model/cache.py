@@ -30,20 +30,25 @@ class KVCache:
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}  # block -> keys and values of the encoder's output
         self.memory_segments: Tensor | None = None  # [B, S] which of these are padding
         self.ragged = False  # whether rows may hold different numbers of tokens
+        self.whole = False  # whether a single query is handed the whole buffers, whose shape no step changes
 
     def begin(self, T: int, new: Tensor | None) -> None:
         """Makes room for T tokens a row, of which `new` [B] are real and the rest padding on the right (None: all)."""
         if torch.is_grad_enabled():
             raise UserError("a cache is written in place, which gradients cannot cross: call within torch.no_grad()")
-        if self.longest + T > self.size:
-            raise UserError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
+        self.take(T)
         step = torch.arange(T, device=self.lengths.device)
         # [B, T] positions of the new tokens; padding writes behind its row's length, where the next tokens replace it
         self.at = self.lengths.unsqueeze(1) + step
-        self.longest += T
         self.ragged = self.ragged or new is not None
         self.new = torch.full_like(self.lengths, T) if new is None else new
-        self.lengths = self.lengths + self.new
+        self.lengths += self.new  # in place, as all that a recorded step finds again (inference/recorded.py)
+
+    def take(self, T: int) -> None:
+        """Counts T more tokens of the longest row. Raises `UserError` where they do not fit."""
+        if self.longest + T > self.size:
+            raise UserError(f"the cache holds {self.size} tokens, and {self.longest} + {T} do not fit")
+        self.longest += T
 
     def grow(self, tokens: int) -> None:
         """Makes room for so many more tokens a row."""
@@ -57,7 +62,8 @@ class KVCache:
         index = self.at[:, None, :, None].expand_as(k)
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))
-        return keys[:, :, : self.longest], values[:, :, : self.longest]
+        S = self.size if self.whole and k.shape[2] == 1 else self.longest
+        return keys[:, :, :S], values[:, :, :S]
 
     def tokens_before(self, ids: Tensor, count: int) -> Tensor:
         """As in speedrun.py, for new ids [B, T] whose predecessors are here: [count, B, T], id + 1, or 0 for none."""
@@ -87,5 +93,5 @@ class KVCache:
         """Replaces the tokens of these rows [B'] by those of `other`, which has B' rows and no greater size."""
         self.buffer[:, :, rows, :, : other.size] = other.buffer
         self.ids[rows, : other.size] = other.ids
-        self.lengths = self.lengths.index_copy(0, rows, other.lengths)
+        self.lengths[rows] = other.lengths
         self.longest, self.ragged = int(self.lengths.max()), True

@@ -82,9 +82,14 @@ class Alibi(Position):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.heads = config.heads
+        self.known = torch.empty(0)
 
     def slopes(self, device: torch.device) -> Tensor:
-        return torch.tensor(alibi_slopes(self.heads), device=device)
+        if self.known.device != device or not len(
+            self.known
+        ):  # once: the host may not copy while a GPU's step is recorded
+            self.known = torch.tensor(alibi_slopes(self.heads), device=device)
+        return self.known
 
 
 def alibi_slopes(heads: int) -> list[float]:

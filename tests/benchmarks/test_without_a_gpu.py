@@ -65,18 +65,25 @@ def test_every_case_of_every_scale_counts_its_work():
 def test_generation_beside_transformers(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(generation, "QUICK", generation.QUICK | {"cached": 5, "uncached": 2, "rounds": 2})
-    assert generation.run(None, tmp_path, quick=True, batches=(1, 3)) == 0
+    monkeypatch.setattr(generation, "dtypes", lambda device: (torch.float32, torch.bfloat16))
+    assert generation.run(["gpt2-tiny", "llama-5m"], tmp_path, quick=True, batches=(1, 3)) == 0
     rows = records.load(tmp_path / records.slug(records.device_name()) / "generation.json")
-    assert [(row["shape"]["B"], row["shape"]["cache"], row["provider"]) for row in rows] == [
-        (batch, cache, who) for batch in (1, 3) for cache in (True, False) for who in ("minillm", "transformers")
+    found = [(row["kernel"], row["dtype"], row["shape"]["B"], row["shape"]["cache"], row["provider"]) for row in rows]
+    assert found == [
+        (f"generate {model}", dtype, batch, cache, who)
+        for model in ("gpt2-tiny", "llama-5m")
+        for dtype in ("float32", "bfloat16")
+        for batch in (1, 3)
+        for cache in (True, False)
+        for who in ("minillm", "transformers")
     ]
     assert all(0 < row["tokens_p20"] <= row["tokens_p50"] <= row["tokens_p80"] and row["samples"] == 2 for row in rows)
 
 
 def test_texts_that_differ_are_not_timed(tmp_path, monkeypatch, capsys):
     both = {"minillm": lambda *_: [[1]], "transformers": lambda *_: [[2]]}
-    monkeypatch.setattr(generation, "generators", lambda name, device: (both, 8))
-    assert generation.run("gpt2-tiny", tmp_path, quick=True) == 1
+    monkeypatch.setattr(generation, "generators", lambda models, device: both)
+    assert generation.run([], tmp_path, quick=True) == 1
     assert "differ at batch 1" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
