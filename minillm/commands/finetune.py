@@ -15,11 +15,12 @@ from minillm.commands.finetuning import begin_with, prepare, run_prepared
 from minillm.commands.folding import FOLDS, parse_fold
 from minillm.commands.running import (
     Resume,
+    is_finished,
     is_resume,
     nothing_left_of,
     resumed,
-    said_finished,
     say,
+    say_finished,
     say_where_from,
     trackers_of,
 )
@@ -179,7 +180,7 @@ def _start(args: Args, signals: Signals) -> int:
     from minillm import ops
     from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
-    from minillm.training.run import new_run, write_json
+    from minillm.training.run import held, new_run, write_json
 
     _check(args)
     method, trackers = _method(args), trackers_of(args.log)
@@ -197,10 +198,11 @@ def _start(args: Args, signals: Signals) -> int:
     config["method"] = asdict(method)
     prepared = prepare(config, settings, opened)
     run = new_run(args.out, f"{args.task}-{args.method}-{data_name(args.data)}", overwrite=args.overwrite)
-    opened.tokenizer.save(run / "tokenizer")
-    write_json(run / "config.json", config)
-    with nothing_left_of(run):
-        return run_prepared(prepared, settings, run, config, trackers, signals, resume_from=None)
+    with held(run):
+        write_json(run / "config.json", config)
+        with nothing_left_of(run):
+            opened.tokenizer.save(run / "tokenizer")
+            return run_prepared(prepared, settings, run, config, trackers, signals, resume_from=None)
 
 
 def _resume(args: Resume, signals: Signals) -> int:
@@ -215,7 +217,7 @@ def _resume(args: Resume, signals: Signals) -> int:
 def resume(args: Resume, signals: Signals) -> int:
     """Goes on with a finetuning from its newest valid checkpoint, or from the start where there is none yet."""
     from minillm.training import checkpoint
-    from minillm.training.run import read_config
+    from minillm.training.run import held, read_config
 
     run = Path(args.resume)
     config = read_config(run)
@@ -223,13 +225,17 @@ def resume(args: Resume, signals: Signals) -> int:
         raise UserError(f"{run} was imported and holds no training to go on with; minillm finetune {run} begins one")
     if "task" not in config:
         raise UserError(f"{run} is no finetuning; go on with it: python train.py --resume {run}")
-    if (run / "result.json").exists() and said_finished(run, args.steps):
+    if (run / "result.json").exists() and is_finished(run, args.steps):
+        say_finished(run)
         return 0
     settings = resumed(from_dict(Settings, config["settings"]), args)
     start = known_start(config["base"], run)
-    newest = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}"))
-    say_where_from(run, newest)
     scratch = config["task"]["options"].get("from_scratch", False)
     opened = begin_with(start, settings.seed if scratch else None)
-    prepared = prepare(config, settings, opened)
-    return run_prepared(prepared, settings, run, config, trackers_of(args.log), signals, resume_from=newest)
+    with held(run):
+        newest = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}"))
+        say_where_from(run, newest)
+        if not (run / "tokenizer").exists():
+            opened.tokenizer.save(run / "tokenizer")
+        prepared = prepare(config, settings, opened)
+        return run_prepared(prepared, settings, run, config, trackers_of(args.log), signals, resume_from=newest)

@@ -121,6 +121,7 @@ def run_prepared(prepared, settings: Settings, run: Path, config, trackers, sign
     _tell_weights(work.task)
     try:
         done = finetune(work, signals, resume_from=resume_from)
+        signals.careful = True  # what is left takes a moment, and is done whole
     except TrainingFailed as failure:
         print(f"error: {failure}\nreport: {write_report(run)}", file=sys.stderr)
         return 1

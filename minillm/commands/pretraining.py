@@ -78,6 +78,7 @@ def run_prepared(work: Pretraining, signals: Signals, *, resume_from: Path | Non
     run, lead = work.run, work.team.lead
     try:
         outcome = pretrain(work, signals, resume_from=resume_from)
+        signals.careful = True  # what is left takes a moment, and is done whole
     except TrainingFailed as failure:
         print(f"error: {failure}\nreport: {write_report(run) if lead else run}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minillm.config import Settings, UserError
 
@@ -28,15 +28,27 @@ def is_resume(argv: list[str]) -> bool:
     return any(arg == "--resume" or arg.startswith("--resume=") for arg in argv)
 
 
-def said_finished(run: Path, steps: int | None) -> bool:
-    """Whether a run has come to its end and `steps` asks for no other; then it is said."""
+def is_finished(run: Path, steps: int | None) -> bool:
+    """Whether a run has come to its end and `steps` asks for no other."""
+    end = _end(run)
+    return end is not None and (steps is None or steps <= end["step"])
+
+
+def say_finished(run: Path) -> None:
+    """Says that a run has come to its end. Where it was stopped between that and its report, the report is written."""
+    from minillm.training.report import write_report
+
+    report, end = run / "report.html", _end(run) or {}
+    if not report.exists() or report.stat().st_mtime_ns < (run / "metrics.jsonl").stat().st_mtime_ns:
+        say(f"report: {write_report(run)}")
+    say(f"{run} is finished ({end['reason']} after {end['step']} steps); --steps N goes on further")
+
+
+def _end(run: Path) -> dict[str, Any] | None:
     from minillm.training.run import read_metrics
 
     ends = [event for event in read_metrics(run) if event.get("event") == "end" and event.get("reason") != "signal"]
-    if not ends or (steps is not None and steps > ends[-1]["step"]):
-        return False
-    say(f"{run} is finished ({ends[-1]['reason']} after {ends[-1]['step']} steps); --steps N goes on further")
-    return True
+    return ends[-1] if ends else None
 
 
 def resumed(settings: Settings, args: Resume) -> Settings:

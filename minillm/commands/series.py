@@ -48,10 +48,8 @@ def begin(series: Series, state: State, out: str | None, default: str, signals: 
             raise UserError(
                 f"{out} already holds {series.what}; --resume {out} goes on with it, --overwrite replaces it"
             )
-        for name in series.runs(_read(series, Path(out))):
-            clear_run(Path(out) / name)
-        (Path(out) / series.file).unlink()
         folder = Path(out)
+        state = state | {"replaced": [*series.runs(_read(series, folder))]}
     else:
         folder = new_run(out, default, overwrite=overwrite)
     write_json(folder / series.file, state | {"results": {}})
@@ -61,6 +59,10 @@ def begin(series: Series, state: State, out: str | None, default: str, signals: 
 def go_on(series: Series, folder: Path, signals: Signals) -> int:
     """Does the runs that have no result yet. Told to stop, this process tells the run's, and gives its exit code."""
     state = _read(series, folder)
+    for name in state.get("replaced", ()):  # the series that was there before this one
+        clear_run(folder / name)
+    if state.pop("replaced", None):
+        write_json(folder / series.file, state)
     try:
         for name, argv in series.runs(state).items():
             if name in state["results"]:

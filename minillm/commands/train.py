@@ -17,11 +17,12 @@ from minillm import presets
 from minillm.commands.launching import earlier_run, launch, refuse_group
 from minillm.commands.running import (
     Resume,
+    is_finished,
     is_resume,
     nothing_left_of,
     resumed,
-    said_finished,
     say,
+    say_finished,
     say_where_from,
     trackers_of,
 )
@@ -120,7 +121,7 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
     from minillm.data.sources import open_source
     from minillm.training.plan import choose_device
     from minillm.training.pretrain import run_config
-    from minillm.training.run import new_run, write_json
+    from minillm.training.run import held, new_run, write_json
 
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     trackers = trackers_of(args.log)
@@ -134,14 +135,16 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
     team.check(settings)
     config = {**run_config(settings), **launch()}
     run = None
-    if team.lead:
-        run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
-        write_json(run / "config.json", config)
-    run = team.share(run)
-    if not all(team.gather((run / "config.json").exists())):
-        raise UserError(f"{run} is not seen by all machines; name a folder that they share with --out")
-    team.log_to(run)
-    with nothing_left_of(run) if team.lead else contextlib.nullcontext():
+    with contextlib.ExitStack() as whole:
+        if team.lead:
+            run = new_run(args.out, f"{settings.preset}-{Path(name).stem or 'data'}", overwrite=args.overwrite)
+            whole.enter_context(held(run))
+            write_json(run / "config.json", config)
+            whole.enter_context(nothing_left_of(run))
+        run = team.share(run)
+        if not all(team.gather((run / "config.json").exists())):
+            raise UserError(f"{run} is not seen by all machines; name a folder that they share with --out")
+        team.log_to(run)
         work = prepare(settings, source, run, config, trackers=trackers, team=team, profile=args.profile)
         return run_prepared(work, signals, resume_from=None)
 
@@ -152,7 +155,7 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     from minillm.commands.pretraining import prepare, run_prepared
     from minillm.data.sources import open_source
     from minillm.training import checkpoint
-    from minillm.training.run import read_config
+    from minillm.training.run import held, read_config
 
     run = Path(args.resume)
     if (run / "MANIFEST.json").exists():
@@ -162,15 +165,18 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
         refuse_group("finetune")
         return finetune.resume(args, signals)
     settings = from_dict(Settings, config["settings"])
-    if said_finished(run, args.steps):
+    if is_finished(run, args.steps):
+        if team.lead:
+            say_finished(run)
         return 0
     settings = resumed(settings, args)
     team.check(settings)
     team.log_to(run)
-    with team.lead_first():  # one looks through the checkpoints, and all go on from the one it finds
-        folder = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}")) if team.lead else None
-    folder = team.share(folder)
-    say_where_from(run, folder)
-    source = open_source(settings.source)
-    work = prepare(settings, source, run, config, trackers=trackers_of(args.log), team=team)
-    return run_prepared(work, signals, resume_from=folder)
+    with held(run) if team.lead else contextlib.nullcontext():
+        with team.lead_first():  # one looks through the checkpoints, and all go on from the one it finds
+            folder = checkpoint.newest_valid(run, lambda line: say(f"warning: {line}")) if team.lead else None
+        folder = team.share(folder)
+        say_where_from(run, folder)
+        source = open_source(settings.source)
+        work = prepare(settings, source, run, config, trackers=trackers_of(args.log), team=team)
+        return run_prepared(work, signals, resume_from=folder)

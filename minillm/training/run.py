@@ -3,18 +3,31 @@
 config.json      settings, plan, corpus, versions; written first
 metrics.jsonl    one JSON object a line, unrounded
 tokenizer/  data/  checkpoints/step-N/  report.html
+.removed/        what is being removed of a run that another one replaces
 """
 
+import fcntl
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minillm.config import DamagedFile, UserError
 
+PARTS = (
+    *("config.json", "checkpoints", "metrics.jsonl", "report.html", "result.json", "profile.json", "trace.json.gz"),
+    *("data", "tokenizer", "tensorboard", "adapter", "logs"),
+)
+"""What a run puts into its folder. The first one gone, it is no run any more; the second, no model either."""
 _BEGUN = {".writable", "config.tmp"}
 """What is there of a run that is stopped before its first file is whole."""
+_REMOVED = ".removed"
+_PATIENCE = 5.0
+"""Seconds in which the helpers of a process that was killed have ended too."""
 
 
 def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
@@ -22,25 +35,19 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
 
     Raises `UserError` where `out` already holds a run (unless `overwrite`) or cannot be written.
     """
-    if out is None:
-        folder, number = Path("runs") / name, 2
-        while folder.exists():
-            folder, number = Path("runs") / f"{name}-{number}", number + 1
-    else:
-        folder = Path(out)
-        if folder.is_file():
-            raise UserError(f"--out {folder} is a file; name a folder")
-        if _holds_run(folder):
-            if not overwrite:
-                raise UserError(
-                    f"{folder} already holds a run; --resume {folder} goes on with it, --overwrite replaces it"
-                )
-            clear_run(folder)
-        elif folder.exists() and not {path.name for path in folder.iterdir()} <= _BEGUN:
-            # --overwrite replaces a run, never somebody's other files
-            raise UserError(f"{folder} is not empty and holds no run; name another folder, or an empty one")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if out is None:
+            folder, number = Path("runs") / name, 2
+            while folder.exists():
+                folder, number = Path("runs") / f"{name}-{number}", number + 1
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = Path(out)
+            if folder.is_file():
+                raise UserError(f"--out {folder} is a file; name a folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            with held(folder):
+                _make_room(folder, overwrite)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
@@ -49,12 +56,62 @@ def new_run(out: str | None, name: str, *, overwrite: bool) -> Path:
     return folder
 
 
+def _make_room(folder: Path, overwrite: bool) -> None:
+    if _half_removed(folder):
+        clear_run(folder)
+    elif _holds_run(folder):
+        if not overwrite:
+            raise UserError(f"{folder} already holds a run; --resume {folder} goes on with it, --overwrite replaces it")
+        clear_run(folder)
+    elif not {path.name for path in folder.iterdir()} <= _BEGUN:
+        # --overwrite replaces a run, never somebody's other files
+        raise UserError(f"{folder} is not empty and holds no run; name another folder, or an empty one")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While open, no other process trains in this folder; the system lets go of it when this one ends, or is killed.
+
+    Raises `UserError` where another process holds it. File systems that know no such locks have none.
+    """
+    descriptor, began = os.open(folder, os.O_RDONLY), time.monotonic()
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() - began > _PATIENCE:
+                    raise UserError(
+                        f"another process is training in {folder}; wait for its end, stop it, or name another folder"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def clear_run(folder: Path) -> None:
-    """Removes what a run has put into its folder, and nothing else."""
-    for name in ("checkpoints", "data", "tokenizer", "tensorboard", "adapter", "logs"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.json", "metrics.jsonl", "report.html", "result.json", "profile.json", "trace.json.gz"):
-        (folder / name).unlink(missing_ok=True)
+    """Removes what a run has put into its folder, and nothing else.
+
+    All of it is moved aside first, config.json before the rest: what a kill leaves is no run, and `new_run` goes on
+    with removing it.
+    """
+    aside = folder / _REMOVED
+    for name in PARTS:
+        if os.path.lexists(folder / name):
+            aside.mkdir(exist_ok=True)
+            if (aside / name).is_dir():  # moved there before, and removed in part
+                shutil.rmtree(aside / name)
+            (folder / name).rename(aside / name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _half_removed(folder: Path) -> bool:
+    return (folder / _REMOVED).is_dir() and not (folder / "config.json").exists()
 
 
 def _holds_run(folder: Path) -> bool:
@@ -79,6 +136,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_config(run: Path) -> dict[str, Any]:
     """config.json. Raises `UserError` where there is none, `DamagedFile` where it cannot be read."""
     path = run / "config.json"
+    if _half_removed(run):
+        raise UserError(f"{run} holds no run: its last one was being removed; begin one there with --out {run}")
     if not path.is_file():
         raise UserError(f"{run} holds no run: {path} is missing")
     try:

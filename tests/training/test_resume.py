@@ -1,6 +1,7 @@
 """A run that is killed and resumed writes the same numbers as one that was not, bit for bit."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -144,6 +145,18 @@ def test_a_finished_run_stays_as_it_is(capsys, whole) -> None:
     result = resume(capsys, run)
     assert result.code == 0 and "is finished (finished after 40 steps)" in result.err and "Traceback" not in result.err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_run_that_was_killed_between_its_end_and_its_report_gets_it(capsys, whole) -> None:
+    expected, run = whole
+    report, page = run / "report.html", (expected / "report.html").read_text().replace(str(expected), str(run))
+    report.unlink()
+    result = resume(capsys, run)
+    assert result.code == 0 and f"report: {report}" in result.err and "is finished" in result.err
+    assert report.read_text() == page
+    report.write_text("what it was at an earlier end")
+    os.utime(report, (1, 1))
+    assert resume(capsys, run).code == 0 and report.read_text() == page
 
 
 def test_a_finished_run_goes_on_with_more_steps(capsys, whole) -> None:
