@@ -98,6 +98,15 @@ def test_each_row_is_saved_as_it_comes_and_what_is_missing_is_done_on_resume(
     assert [command[-1] for command in here.begun] == [str(out / name) for name in here.codes]
     assert not list(out.rglob("result.json"))
 
+    # Killed while it removed the runs that were there: what is left of them is none of its own.
+    state = json.loads((out / "methods.json").read_text())
+    (out / "methods.json").write_text(json.dumps(state | {"replaced": ["full"]}))
+    (out / "full").mkdir(exist_ok=True)
+    (out / "full" / "config.json").write_text("what was there before")
+    minillm(capsys, "finetune", "--resume", out)
+    assert not (out / "full" / "config.json").exists()
+    assert "replaced" not in json.loads((out / "methods.json").read_text())
+
 
 def test_no_method_at_all_is_an_error(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], here: type[Here]
