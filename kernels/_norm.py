@@ -14,7 +14,7 @@ from torch import Tensor
 from ._launch import POINTERS, AotCase, jit, multiprocessors, shipped, tl, triton
 
 NARROWEST, WIDEST = 128, 32768  # the first class holds all narrower rows too, the last one all wider ones
-FP32_POINTERS = {"mean_ptr", "inv_std_ptr", "inv_rms_ptr", "row_means_ptr", "dw_ptr", "db_ptr"}
+FP32_POINTERS = {"w_ptr", "b_ptr", "mean_ptr", "inv_std_ptr", "inv_rms_ptr", "row_means_ptr", "dw_ptr", "db_ptr"}
 
 
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -58,6 +58,7 @@ def norm_aot_cases(kernel: str, function: Any, arch: str, **flags: bool) -> Iter
     """One case for each row of a norm's table; `flags` are the constexprs that the table does not choose.
 
     Scalars are typed as the launcher sees them for usual widths: strides and N are multiples of 16, M is any number.
+    Weight and bias are fp32 beside rows of any dtype, as in training under autocast.
     """
     for key, choice in shipped(kernel, arch).items():
         shape, dtype = key.split("/")

@@ -57,7 +57,7 @@ def _forward(
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)
         sums += load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
-    mean = tl.sum(sums, 1, keep_dims=True) / N  # [ROWS, 1]
+    mean = tl.sum(sums, 1, keep_dims=True) / N  # [ROWS, 1]; divided, so that equal numbers have exactly their mean
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -65,7 +65,7 @@ def _forward(
         x = load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
         centred = tl.where(inside, x - mean, 0.0)  # padding was 0, and 0 - mean would count
         squares += centred * centred
-    inv_std = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / N + eps)  # [ROWS, 1]
+    inv_std = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) * (1.0 / N) + eps)  # [ROWS, 1]
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = (row < M) & (col < N)
@@ -108,8 +108,10 @@ def _backward(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # Of the tile's own shape: a row alone would lie on other threads than dy and x, and the loop would run on both.
+    col = tl.broadcast_to(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :], ROWS, BLOCK)
     w = tl.load(w_ptr + col, col < N, other=0.0).to(tl.float32)
+    inv_n = 1.0 / N
     dw, db = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
@@ -119,7 +121,7 @@ def _backward(
         mean = tl.load(mean_ptr + row, row < M, other=0.0)
         inv_std = tl.load(inv_std_ptr + row, row < M, other=0.0)
         n, g = (x - mean) * inv_std, dy * w
-        mean_g, mean_gn = tl.sum(g, 1, keep_dims=True) / N, tl.sum(g * n, 1, keep_dims=True) / N
+        mean_g, mean_gn = tl.sum(g, 1, keep_dims=True) * inv_n, tl.sum(g * n, 1, keep_dims=True) * inv_n
         if CHUNKS > 1:  # this program has only a part of the row
             mean_g = tl.load(row_means_ptr + row, row < M, other=0.0)
             mean_gn = tl.load(row_means_ptr + M + row, row < M, other=0.0)

@@ -54,7 +54,7 @@ def _forward(
         inside = (row < M) & (col < N)  # what lies outside adds 0 to the sum
         x = load_sum(x_ptr, residual_ptr, stride_x, stride_residual, row, col, inside, HAS_RESIDUAL, dtype)
         squares += x * x
-    inv_rms = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / N + eps)  # [ROWS, 1]
+    inv_rms = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) * (1.0 / N) + eps)  # [ROWS, 1]
     # With one chunk the compiler inlines both loops and these loads become the registers of the first ones.
     for chunk in range(CHUNKS):
         col = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -89,8 +89,10 @@ def _backward(
     HAS_DTOTAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # Of the tile's own shape: a row alone would lie on other threads than dy and x, and the loop would run on both.
+    col = tl.broadcast_to(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :], ROWS, BLOCK)
     w = tl.load(w_ptr + col, col < N, other=0.0).to(tl.float32)
+    inv_n = 1.0 / N
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
@@ -99,7 +101,7 @@ def _backward(
         x = tl.load(x_ptr + row * stride_x + col, inside, other=0.0).to(tl.float32)
         inv_rms = tl.load(inv_rms_ptr + row, row < M, other=0.0)
         n, g = x * inv_rms, dy * w
-        mean = tl.sum(g * n, 1, keep_dims=True) / N
+        mean = tl.sum(g * n, 1, keep_dims=True) * inv_n
         if CHUNKS > 1:  # this program has only a part of the row
             mean = tl.load(row_means_ptr + row, row < M, other=0.0)
         dx = inv_rms * (g - n * mean)

@@ -276,7 +276,8 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
             D = int(shape[1:])
             constexprs = {**flags, "D": D, "BLOCK_D": D // 2, "BLOCK_T": choice["BLOCK_T"], "HEADS": choice["HEADS"]}
             kinds = {name: POINTERS[dtype] for name in function.arg_names if name.endswith("_ptr")}
-            kinds |= dict.fromkeys(("cos_ptr", "sin_ptr", "dw_ptr"), POINTERS["float32"])
+            wide = ("cos_ptr", "sin_ptr", "qw_ptr", "kw_ptr", "dw_ptr")  # weights too, as in training under autocast
+            kinds |= dict.fromkeys(wide, POINTERS["float32"])
             kinds |= {**dict.fromkeys(("H", "G", "T"), "i32"), "eps": "fp32", **dict.fromkeys(constexprs, "constexpr")}
             signature = {name: kinds.get(name, "i32:16") for name in function.arg_names}  # the rest are strides
             yield AotCase(f"{name}/{key}", function, signature, constexprs, {"num_warps": choice["num_warps"]})
