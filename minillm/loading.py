@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minillm.config import DamagedFile, ModelConfig, UserError, from_dict
 from minillm.interop.folder import is_hf, refuse_adapter
 from minillm.model.heads import HeadConfig, TaskModel
+from minillm.model.shapes import shapes_alone
 from minillm.model.transformer import Transformer
 from minillm.peft.config import MethodConfig
 from minillm.peft.inject import Adapted, inject
@@ -94,6 +95,8 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu", merge: b
     try:
         adapted = _adapted(shape, config, weights) if "task" in config else None
         model = _plain(shape, weights) if adapted is None else adapted.model
+    except UserError as error:
+        raise DamagedFile(f"{folder / 'config.json'} is damaged: {error}") from error
     except (RuntimeError, KeyError, TypeError) as error:
         raise DamagedFile(
             f"{folder}: weights and config.json do not fit: {str(error).splitlines()[-1].strip()}"
@@ -113,7 +116,7 @@ def _pooler(model: nn.Module, config: dict[str, Any], folder: Path) -> dict[str,
 
 
 def _plain(shape: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
-    with torch.device("meta"):  # no weight is drawn only to be overwritten
+    with shapes_alone():
         model = Transformer(shape)
     model.load_state_dict(weights, assign=True)
     return model
@@ -122,12 +125,24 @@ def _plain(shape: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
 def _adapted(shape: ModelConfig, config: dict[str, Any], weights: dict[str, Tensor]) -> Adapted:
     """Head and method are put in as they were for training."""
     head, method = config["task"]["head"], from_dict(MethodConfig, config["method"], "method.")
+    head = None if head is None else from_dict(HeadConfig, head, "task.head.")
+    _require_room(shape, head, weights)
     model: nn.Module = Transformer(shape)
     if head is not None:
-        model = TaskModel(model, HeadConfig(**head))
+        model = TaskModel(model, head)
     adapted = inject(model, method, extra=model.added if isinstance(model, TaskModel) else ())
     model.load_state_dict(weights)
     return adapted
+
+
+def _require_room(shape: ModelConfig, head: HeadConfig | None, weights: dict[str, Tensor]) -> None:
+    """Raises `UserError` where config.json tells of more parameters than the weights are: they would be allocated."""
+    with shapes_alone():
+        told = sum(weight.numel() for weight in Transformer(shape).parameters())
+    told += 0 if head is None else head.outputs * shape.dim
+    there = sum(weight.numel() for weight in weights.values())
+    if told > there:
+        raise UserError(f"it tells of a model of {told:,} parameters, and the weights are {there:,}")
 
 
 def model_config(folder: Path) -> ModelConfig:

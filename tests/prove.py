@@ -30,6 +30,13 @@ PARTS: dict[str, dict[str, list[str]]] = {
         "covers": ["minillm/model", "minillm/ops.py", "minillm/cpu.py", "tests/model", "tests/test_ops.py"],
     },
     "data": {"tests": ["tests/data"], "covers": ["minillm/data", "tests/data"]},
+    "hostile": {
+        "tests": ["tests/test_hostile.py", "tests/interop", "tests/tokenizer"],
+        "covers": [
+            *("tokenizer", "minillm/loading.py", "minillm/interop", "minillm/tasks", "minillm/config"),
+            *("tests/test_hostile.py", "tests/interop", "tests/tokenizer"),
+        ],
+    },
     "training": {
         "tests": ["tests/training", "tests/test_preflight.py"],
         "covers": ["minillm/training", "minillm/preflight.py", "tests/training", "tests/test_preflight.py"],

@@ -1,5 +1,7 @@
 """load(): every way to name a model, every position scheme, and the tokenizer that travels with it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,12 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_valid_one(capsys, tmp_pat
     with pytest.raises(DamagedFile, match=r"model\.safetensors is damaged"):
         load(run)
     assert load(run / "checkpoints" / "step-2")[0].config.dim == 32
+
+
+def test_loading_needs_no_compiler(run: Path) -> None:
+    """Weights that are drawn without memory import torch's compiler, which takes longer than all the rest."""
+    script = (
+        "import sys; from minillm import load; load(sys.argv[1]); print({'sympy', 'torch._inductor'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", script, run], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr

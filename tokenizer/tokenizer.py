@@ -214,7 +214,7 @@ class Tokenizer:
             )
         try:
             return cls(model, manifest)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:  # a piece that is no UTF-8, or no byte, is a ValueError
             raise DamagedFile(f"{model_path} is no model of this project's: {error}") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minillm.commands.corpus import run_objective
-from minillm.config import ModelConfig, Settings, UserError, from_dict
+from minillm.config import DamagedFile, ModelConfig, Settings, UserError, from_dict
 from minillm.data.shards import is_prepared, open_shards
 from minillm.data.stdlib_tasks import stdlib_records
 from minillm.loading import Opened
@@ -60,12 +60,20 @@ def examples_of(task: Task, data: str, *, seed: int = 0) -> list[Any]:
 def task_of(opened: Opened, name: str | None) -> Task:
     """The task of a finetuned model; or of any model that writes, one of those that need no head.
 
-    Raises `UserError` where the model was not trained for the task `name`.
+    Raises `UserError` where the model was not trained for the task `name`, `DamagedFile` where its head is another's.
     """
     section = opened.config.get("task")
-    known = section["name"] if section else None
+    known = section.get("name", "") if section else None
     if known is not None and name in (None, known):
-        return known_task(section)
+        task = known_task(section)
+        head = task.head(opened.transformer.config, None)
+        stored = section["head"] or {}
+        if head is not None and (head.outputs, bool(head.pool)) != (stored.get("outputs"), bool(stored.get("pool"))):
+            raise DamagedFile(
+                f"{opened.folder / 'config.json'} is damaged: its head is none of {name or known} with "
+                f"{head.outputs} outputs; restore it"
+            )
+        return task
     shape = opened.transformer.config.shape
     if name is None:
         there = ", ".join(other for other in WITHOUT_HEAD if shape in TASKS[other]().shapes)

@@ -33,7 +33,11 @@ class Fields:
         return self.get(name, default, int)
 
     def number(self, name: str, default: float) -> float:
-        return float(self.get(name, default, (int, float)))
+        value = self.get(name, default, (int, float))
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{self.where}: {name} is beyond what a float holds; restore the file") from None
 
     def flag(self, name: str, default: bool) -> bool:
         return self.get(name, default, bool)

@@ -23,6 +23,7 @@ from minillm.interop.task_heads import TASK_HEADS, read_task
 from minillm.interop.token_roles import decoder_start
 from minillm.interop.writing import TITLES
 from minillm.model.heads import HeadConfig, TaskModel
+from minillm.model.shapes import shapes_alone
 from minillm.model.transformer import Transformer
 
 __all__ = ["HFModel", "build", "is_hf", "load_hf", "read_hf"]
@@ -104,7 +105,7 @@ def load_hf(folder: str | Path) -> tuple[HFModel, Any]:
 
 def build(found: HFModel) -> nn.Module:
     """A `Transformer`, or a `TaskModel` around one, in evaluation mode."""
-    with torch.device("meta"):
+    with shapes_alone():
         transformer = Transformer(found.config)
     transformer.load_state_dict(found.weights, assign=True)
     if found.task is None or found.head is None:
@@ -207,7 +208,7 @@ def _settle(family: Family, tensors: dict[str, Tensor], tied: bool, folder: Path
 
 def _to_ours(family: Family, config: ModelConfig, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The family's table applied. Raises `UserError` naming the tensor that is missing, surplus or of a wrong shape."""
-    with torch.device("meta"):
+    with shapes_alone():
         expected = {name: tuple(x.shape) for name, x in Transformer(config).state_dict().items()}
     if _POOLER[0] in {ours for row in family.rows({}) for ours in row.ours} and any(
         name.startswith("pooler.") for name in tensors

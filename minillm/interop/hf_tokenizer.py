@@ -24,6 +24,7 @@ from minillm.interop.vocabulary import from_vocabulary
 FILE, ROLES_FILE, TEMPLATE = "tokenizer.json", "roles.json", "chat_template.jinja"
 _FORMAT = 1
 _LARGEST = 2**24  # ids; a larger one is a damaged number, for which lists would be made
+_PROBE = "A probe, na\u00efve\u2581 \u4f60\u597d \U0001f642 x1\t\r\n"
 _SENTINEL = re.compile(r"<\|?(?:sentinel-|extra_id_)(\d+)\|?>")
 
 
@@ -199,13 +200,27 @@ def _made(
     import tokenizers
 
     try:
+        _refuse_prefix(json.loads(content), folder / FILE)
         model = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exception, and panics of its Rust side, for a malformed file
+        model.encode(_PROBE)
+        model.encode(_PROBE, _PROBE)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception, and the panics of its Rust side are not even that
         raise DamagedFile(f"{folder / FILE} is damaged: it is no tokenizer ({str(error)[:200]})") from None
     ids = model.get_vocab(with_added_tokens=True).values()
     if not ids or max(ids) >= _LARGEST:
         raise DamagedFile(f"{folder / FILE} is damaged: its vocabulary is empty, or has ids beyond {_LARGEST}")
     return cls(content, settings, roles if roles is not None else find_roles(model, settings, folder))
+
+
+def _refuse_prefix(values: Any, path: Path) -> None:
+    """No BPE here has one, and one that cuts a piece inside a character makes the library end the whole process."""
+    model = values.get("model")
+    if isinstance(model, dict) and model.get("type") in (None, "BPE") and model.get("continuing_subword_prefix"):
+        raise UserError(f"{path}: continuing_subword_prefix of a BPE model is not supported; only null is")
 
 
 def _content(folder: Path) -> bytes:

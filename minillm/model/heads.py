@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
+from minillm.config.strict import require
 from minillm.model.transformer import Transformer
 
 
@@ -31,6 +32,10 @@ class HeadConfig:
     """A dense layer and tanh before the head (BERT)."""
     bias: bool = True
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.outputs >= 1, f"task.head.outputs must be at least 1, not {self.outputs}")
+        require(0 <= self.dropout < 1, f"task.head.dropout must be in [0, 1), not {self.dropout}")
 
 
 def pooled_head(outputs: int, config: ModelConfig, pool: str | None) -> HeadConfig:

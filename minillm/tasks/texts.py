@@ -28,6 +28,7 @@ from minillm.evaluation.classification import (
 )
 from minillm.evaluation.regression import regression_scores
 from minillm.model.heads import HeadConfig, pooled_head
+from minillm.tasks.info import listed, said
 from minillm.tasks.task import Means, Task, outputs, unread
 from minillm.training.objectives import Objective, label_loss, labels_loss, number_loss
 
@@ -69,7 +70,8 @@ class Classify(Task):
         return {"labels": list(self.labels.names), "multi": self.labels.multi, "counts": self.counts}
 
     def from_info(self, info: Mapping[str, Any]) -> None:
-        self.labels, self.counts = Labels(tuple(info["labels"]), info["multi"]), list(info["counts"])
+        self.labels = Labels(tuple(listed(info, "labels", str)), said(info, "multi", bool))
+        self.counts = listed(info, "counts", int)
 
     @property
     def unbalanced(self) -> bool:
@@ -189,7 +191,7 @@ class Regress(Task):
         return {"mean": self.scale.mean, "std": self.scale.std}
 
     def from_info(self, info: Mapping[str, Any]) -> None:
-        self.scale = Scale(info["mean"], info["std"])
+        self.scale = Scale(said(info, "mean", float), said(info, "std", float))
 
     def head(self, config: ModelConfig, pool: str | None) -> HeadConfig:
         return pooled_head(1, config, pool)

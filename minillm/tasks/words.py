@@ -15,6 +15,7 @@ from minillm.data.tags import TagData, TagExample, read_tags, tag_examples, tag_
 from minillm.evaluation.answers import answer_scores, best_null_threshold
 from minillm.evaluation.entities import entities, entity_scores
 from minillm.model.heads import HeadConfig
+from minillm.tasks.info import listed, said
 from minillm.tasks.task import Means, Task, outputs, unread
 from minillm.training.objectives import Objective, label_loss, span_loss, span_scores
 
@@ -46,7 +47,7 @@ class Tag(Task):
         return {"labels": list(self.labels.names)}
 
     def from_info(self, info: Mapping[str, Any]) -> None:
-        self.labels = Labels(tuple(info["labels"]))
+        self.labels = Labels(tuple(listed(info, "labels", str)))
 
     def head(self, config: ModelConfig, pool: str | None) -> HeadConfig:
         return HeadConfig(outputs=len(self.labels.names))
@@ -113,7 +114,7 @@ class SpanQA(Task):
         return {"unanswerable": self.unanswerable}
 
     def from_info(self, info: Mapping[str, Any]) -> None:
-        self.unanswerable = info["unanswerable"]
+        self.unanswerable = said(info, "unanswerable", bool)
 
     def head(self, config: ModelConfig, pool: str | None) -> HeadConfig:
         return HeadConfig(outputs=2)

@@ -26,6 +26,7 @@ from minillm.inference.generate import generate
 from minillm.inference.reader import framed, window_start
 from minillm.inference.sampling import Sampling
 from minillm.inference.stream import stop_and_banned
+from minillm.tasks.info import said
 from minillm.tasks.task import ROWS, Means, Task, batches, evaluating, outputs, spelt_bytes, unread
 from minillm.training.objectives import Objective, likelihood, preference_loss, reward_margins
 
@@ -210,7 +211,7 @@ class Preference(Task):
         return {"beta": self.beta}
 
     def from_info(self, info: Mapping[str, Any]) -> None:
-        self.beta = info["beta"]
+        self.beta = said(info, "beta", float)
 
     def data(self, examples: Sequence[PreferenceExample], means: Means, *, labelled: bool = True) -> PreferenceData:
         encode = partial(means.encode_chat, means.tokenizer)
