@@ -98,9 +98,8 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu", merge: b
     except UserError as error:
         raise DamagedFile(f"{folder / 'config.json'} is damaged: {error}") from error
     except (RuntimeError, KeyError, TypeError) as error:
-        raise DamagedFile(
-            f"{folder}: weights and config.json do not fit: {str(error).splitlines()[-1].strip()}"
-        ) from error
+        reason = str(error).splitlines()[-1].strip()  # of every key that is missing or surplus, a long line
+        raise DamagedFile(f"{folder}: weights and config.json do not fit: {reason[:200]}") from error
     if merge and adapted is not None and adapted.config.method in ("lora", "adalora"):
         adapted.merge()
     model.requires_grad_(True)
