@@ -2,13 +2,12 @@
 
 B batch, T queries, S keys, H query heads, G key/value heads, D head width, M rows, N features, V vocabulary.
 `select` chooses once for the process; the model never asks. On the PyTorch side a call goes to SDPA, F.rms_norm and
-the like where they express it exactly, and to the kernel's own reference otherwise.
+the like where they express it exactly, and to the kernel's own reference otherwise. A kernel is imported where it is
+called: a CPU user never pays for triton.
 """
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,13 +22,18 @@ _choice: Kernels = "auto"
 
 def select(kernels: Kernels) -> None:
     """auto: Triton for tensors on a GPU, PyTorch elsewhere. Raises `UserError` where Triton cannot run at all."""
-    if kernels == "triton" and _kernel("_launch", "triton") is None:
-        raise UserError("kernels=triton: triton is not installed (pip install triton); take --kernels torch or auto")
-    if kernels == "triton" and not torch.cuda.is_available() and not _kernel("_launch", "INTERPRETED"):
-        raise UserError(
-            "kernels=triton needs a GPU, or TRITON_INTERPRET=1 in the environment to interpret them on the CPU (slow); "
-            "take --kernels torch or auto"
-        )
+    if kernels == "triton":
+        from kernels._launch import INTERPRETED
+
+        if not _triton_is_installed():
+            raise UserError(
+                "kernels=triton: triton is not installed (pip install triton); take --kernels torch or auto"
+            )
+        if not torch.cuda.is_available() and not INTERPRETED:
+            raise UserError(
+                "kernels=triton needs a GPU, or TRITON_INTERPRET=1 in the environment to interpret them on the CPU "
+                "(slow); take --kernels torch or auto"
+            )
     global _choice
     _choice = kernels
 
@@ -51,17 +55,17 @@ def selected(device: torch.device) -> tuple[str, str]:
         return _choice, "chosen by --kernels"
     if device.type != "cuda":
         return "torch", f"auto: no GPU ({device.type})"
-    return ("triton", "auto: a GPU") if _kernel("_launch", "triton") else ("torch", "auto: triton is not installed")
+    return ("triton", "auto: a GPU") if _triton_is_installed() else ("torch", "auto: triton is not installed")
 
 
-@cache
-def _kernel(file: str, name: str) -> Any:
-    """Imported on first use: a CPU user never pays for triton."""
-    return getattr(importlib.import_module(f"kernels.{file}"), name)
+def _triton_is_installed() -> bool:
+    from kernels._launch import triton
+
+    return triton is not None
 
 
 def _triton(x: Tensor) -> bool:
-    return _choice == "triton" or (_choice == "auto" and x.is_cuda and _kernel("_launch", "triton") is not None)
+    return _choice == "triton" or (_choice == "auto" and x.is_cuda and _triton_is_installed())
 
 
 def layer_norm(
@@ -69,7 +73,9 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of x [..., N]; with `residual` returns (norm(x + residual), x + residual)."""
     if _triton(x):
-        return _kernel("layer_norm", "layer_norm")(x, weight, bias, eps=eps, residual=residual)
+        from kernels.layer_norm import layer_norm as kernel
+
+        return kernel(x, weight, bias, eps=eps, residual=residual)
     total = x if residual is None else x + residual
     y = F.layer_norm(total, weight.shape, weight, bias, eps)
     return y if residual is None else (y, total)
@@ -80,7 +86,9 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm of x [..., N]; with `residual` returns (norm(x + residual), x + residual)."""
     if _triton(x):
-        return _kernel("rms_norm", "rms_norm")(x, weight, eps=eps, residual=residual)
+        from kernels.rms_norm import rms_norm as kernel
+
+        return kernel(x, weight, eps=eps, residual=residual)
     total = x if residual is None else x + residual
     y = _rms_norm(total, weight, eps)
     return y if residual is None else (y, total)
@@ -105,8 +113,10 @@ def rope(
     norms: weights [D] of an RMSNorm that q and k go through first (QK-norm).
     """
     if _triton(q):
+        from kernels.rope import rope as kernel
+
         q_weight, k_weight = norms or (None, None)
-        return _kernel("rope", "rope")(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
+        return kernel(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
     if norms is not None:
         q, k = _rms_norm(q, norms[0], eps), _rms_norm(k, norms[1], eps)
     if cos.ndim == 3:
@@ -120,11 +130,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _kernel("swiglu", "swiglu")(gate, up) if _triton(gate) else F.silu(gate) * up
+    if _triton(gate):
+        from kernels.swiglu import swiglu as kernel
+
+        return kernel(gate, up)
+    return F.silu(gate) * up
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _kernel("swiglu", "geglu")(gate, up) if _triton(gate) else F.gelu(gate) * up
+    if _triton(gate):
+        from kernels.swiglu import geglu as kernel
+
+        return kernel(gate, up)
+    return F.gelu(gate) * up
 
 
 def attention(
@@ -146,8 +164,10 @@ def attention(
     """
     sides = None if window is None else (window - 1, 0 if causal else window - 1)
     if _triton(q) or softcap is not None:
-        name = "flash_attention" if _triton(q) else "flash_attention_reference"
-        return _kernel("flash_attention", name)(
+        from kernels.flash_attention import flash_attention, flash_attention_reference
+
+        kernel = flash_attention if _triton(q) else flash_attention_reference
+        return kernel(
             q,
             k,
             v,
@@ -225,10 +245,10 @@ def decode_attention(
 ) -> Tensor:
     """Few queries q [B, H, T, D] against caches [B, G, S_max, D] with `lengths` [B] keys in use, the T new ones too."""
     if _triton(q):
+        from kernels.decode_attention import decode_attention as kernel
+
         sides = None if window is None else (window - 1, 0)
-        return _kernel("decode_attention", "decode_attention")(
-            q, k_cache, v_cache, lengths, window=sides, softcap=softcap, alibi_slopes=slopes
-        )
+        return kernel(q, k_cache, v_cache, lengths, window=sides, softcap=softcap, alibi_slopes=slopes)
     queries = torch.full_like(lengths, q.shape[2])
     return attention(
         q, k_cache, v_cache, causal=True, window=window, softcap=softcap, slopes=slopes, lengths=(queries, lengths)
@@ -243,8 +263,10 @@ def cross_entropy(
     The options are those of `kernels.cross_entropy`.
     """
     if _triton(logits):
+        from kernels.cross_entropy import cross_entropy as kernel
+
         options: dict[str, Any] = dict(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
-        return _kernel("cross_entropy", "cross_entropy")(logits, targets, reduction="sum", **options)
+        return kernel(logits, targets, reduction="sum", **options)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -267,7 +289,8 @@ def linear_cross_entropy(
     """`cross_entropy` of hidden [M, N] · weightᵀ [N, V]; on Triton without ever holding [M, V] logits."""
     options: dict[str, Any] = dict(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
     if _triton(hidden):
-        kernel: Callable[..., Tensor] = _kernel("linear_cross_entropy", "linear_cross_entropy")
+        from kernels.linear_cross_entropy import linear_cross_entropy as kernel
+
         return kernel(hidden, weight, targets, bias, reduction="sum", **options)
     if hidden.device.type == "cpu":
         return cpu.linear_cross_entropy(hidden, weight, targets, bias, **options)

@@ -223,7 +223,7 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused() -> None:
 
 
 def test_triton_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernel", lambda file, name: None)
+    monkeypatch.setattr("kernels._launch.triton", None)
     with pytest.raises(UserError, match="triton is not installed"):
         ops.select("triton")
 

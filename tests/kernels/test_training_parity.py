@@ -87,3 +87,28 @@ def test_two_hundred_steps_stay_together_on_a_gpu(device: str, dtype: torch.dtyp
     triton, torchs = (losses(side, config, 200, 8, device, dtype) for side in ("triton", "torch"))
     assert torchs[0] - torchs[-1] > 2.0, "nothing was learned, so nothing was compared"
     assert largest_gap(triton, torchs) < band
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=CUDA)], ids=["cpu", "cuda"]
+)
+def test_the_whole_model_is_one_graph_on_the_kernels(device: str, backend: str) -> None:
+    """Loss and gradients in one graph without a break, compiled once for all batches of a shape, the same as written."""
+    ops.select("triton")
+    config = from_dict(ModelConfig, TINY if device == "cpu" else SMALL)
+    torch.manual_seed(5)
+    model = Transformer(config).to(device)
+    compiled = torch.compile(likelihood, fullgraph=True, backend=backend)
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, objective in (("as written", likelihood), ("compiled", compiled)):
+        torch.manual_seed(6)
+        found[name] = []
+        for step in range(3):
+            batch = counting(2, config).to(torch.device(device))
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                loss = objective(model, batch)
+            model.zero_grad()
+            loss.backward()
+            found[name] += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    for ours, expected in zip(found["compiled"], found["as written"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
