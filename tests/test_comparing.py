@@ -170,7 +170,7 @@ def test_peak_memory_is_the_processs_own() -> None:
     run = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     parent = f"held = bytearray(b'1') * 700_000_000; del held; {run}"
     done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
-    assert 100e6 < int(done.stdout) < 500e6
+    assert 100e6 < int(done.stdout) < 690e6  # PyTorch with CUDA takes 514 MB to import
 
 
 def test_the_table_shows_what_a_task_has() -> None:

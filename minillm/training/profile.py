@@ -96,7 +96,7 @@ class Profile:
         self.seen += 1
         if self.seen == WARM + PLAIN + 1:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self.recorder = torch.profiler.profile(activities=activities)
+            self.recorder = torch.profiler.profile(activities=activities, acc_events=True)  # torch 2.11 warns without
             self.recorder.start()
         if self.recorder is None:
             if not self.rates:
