@@ -93,7 +93,7 @@ def test_two_hundred_steps_stay_together_on_a_gpu(device: str, dtype: torch.dtyp
     ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=CUDA)], ids=["cpu", "cuda"]
 )
 def test_the_whole_model_is_one_graph_on_the_kernels(device: str, backend: str) -> None:
-    """Loss and gradients in one graph without a break, compiled once for all batches of a shape, the same as written."""
+    """Loss and gradients without a break, compiled once for all batches of a shape, and the same as written."""
     ops.select("triton")
     config = from_dict(ModelConfig, TINY if device == "cpu" else SMALL)
     torch.manual_seed(5)

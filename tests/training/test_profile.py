@@ -76,7 +76,7 @@ def recorded(work: Callable[[], None], **options: object) -> dict[str, float]:
         compiled=False, say=print,
     )  # fmt: skip
     work()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as recorder:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorder:
         work()  # outside of a step: counts nowhere
         with record_function("minillm: step"), watch._marked_operators():
             work()
