@@ -139,10 +139,9 @@ class TokenStream:
     """
 
     def __init__(self, files: list[tuple[Path, Header]]):
+        self._files = [(path, header) for path, header in files if header.count]
         self._parts = [
-            np.memmap(path, f"<u{header.width}", "r", _HEADER, (header.count,))
-            for path, header in files
-            if header.count
+            np.memmap(path, f"<u{header.width}", "r", _HEADER, (header.count,)) for path, header in self._files
         ]
         self._ends = np.cumsum([len(part) for part in self._parts])
         self.max_id = max((header.max_id for _, header in files), default=-1)
@@ -155,13 +154,25 @@ class TokenStream:
         return self.windows(np.array([start]), length)[0]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """[B, length] int64: from each of starts [B] on, around the ring."""
+        """[B, length] int64: from each of starts [B] on, around the ring.
+
+        Raises `DamagedFile` for an id beyond those that were written; other damage is what `verify` reads all for.
+        """
         at = (starts[:, None] + np.arange(length)) % len(self)
         if len(self._parts) == 1:
-            return self._parts[0][at].astype(np.int64)
+            return self._checked(0, self._parts[0][at].astype(np.int64))
         found = np.empty(at.shape, np.int64)
         of = np.searchsorted(self._ends, at, side="right")  # the part that holds each token
         for i in np.unique(of):
             here = of == i
-            found[here] = self._parts[i][at[here] - self._ends[i] + len(self._parts[i])]
+            found[here] = self._checked(i, self._parts[i][at[here] - self._ends[i] + len(self._parts[i])])
         return found
+
+    def _checked(self, i: int, ids: np.ndarray) -> np.ndarray:
+        path, header = self._files[i]
+        if ids.max(initial=0) > header.max_id:
+            raise DamagedFile(
+                f"{path} is damaged: it holds the id {ids.max()}, and {header.max_id} is the highest that was written; "
+                "prepare the data again"
+            )
+        return ids

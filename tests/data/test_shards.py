@@ -224,6 +224,19 @@ def test_cut_off_and_missing_files_are_found_on_opening(prepared: Prepare, corpu
         path.write_bytes(original)
 
 
+@pytest.mark.parametrize("shard_tokens", [100, 100_000])
+def test_an_id_that_was_never_written_is_damage_when_it_is_read(
+    prepared: Prepare, corpus: Path, shard_tokens: int
+) -> None:
+    folder = prepared(corpus, validation=0.2, shard_tokens=shard_tokens).path
+    last = sorted(folder.glob("train-*.tokens"))[-1]
+    flip(last, last.stat().st_size - 1, 7)
+    stream = open_shards(folder).train
+    stream.window(0, 50)
+    with pytest.raises(DamagedFile, match=rf"{last} is damaged: it holds the id 32\d+, and \d+ is the highest"):
+        stream.window(len(stream) - 5, 5)
+
+
 def test_no_file_from_elsewhere(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     folder = prepared(corpus, validation=0.2).path
     other = prepared(corpus, tmp_path / "other", validation=0.4).path
