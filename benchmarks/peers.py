@@ -57,35 +57,39 @@ def setting(model: dict[str, Any], batch: int, device: torch.device, dtype: str)
 
 
 def start(of: Setting) -> nn.Module:
-    """A model of Transformers' in the setting's shape with random weights: where all begin."""
+    """A model with random weights in the setting's shape, where all begin: Transformers', or ours where it has none."""
+    if of.settings.model.speedrun.ngrams:
+        torch.manual_seed(0)
+        return Transformer(of.settings.model)
     model = random_model(of.settings.model)
     model.loss_type = "ForCausalLM"  # what it takes by itself, with a warning
     return model
 
 
 def random_model(model: ModelConfig) -> Any:
-    """GPT2LMHeadModel where positions are learned, else Qwen3ForCausalLM."""
+    """GPT2LMHeadModel where positions are learned, else Qwen3ForCausalLM with QK-norm and LlamaForCausalLM without."""
     import transformers
 
     torch.manual_seed(0)
+    common: dict[str, Any] = {"vocab_size": model.vocab_size, "bos_token_id": None, "eos_token_id": None}
     if model.position.kind == "learned":
         activation = {"gelu": "gelu", "gelu-tanh": "gelu_new"}[model.mlp.kind]
         return transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 n_layer=model.layers, n_head=model.heads, n_embd=model.dim, n_positions=model.context,
-                vocab_size=model.vocab_size, activation_function=activation, layer_norm_epsilon=model.norm.eps,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+                activation_function=activation, layer_norm_epsilon=model.norm.eps,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
             )
         )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            num_hidden_layers=model.layers, num_attention_heads=model.heads, hidden_size=model.dim,
-            num_key_value_heads=model.key_value_heads, head_dim=model.head_width, vocab_size=model.vocab_size,
-            intermediate_size=model.mlp_width, max_position_embeddings=model.context, rms_norm_eps=model.norm.eps,
-            rope_parameters={"rope_type": "default", "rope_theta": model.position.theta}, tie_word_embeddings=True,
-            attention_bias=False, bos_token_id=None, eos_token_id=None,
-        )
+    family = "Qwen3" if model.attention.qk_norm else "Llama"
+    config = getattr(transformers, f"{family}Config")(
+        num_hidden_layers=model.layers, num_attention_heads=model.heads, hidden_size=model.dim,
+        num_key_value_heads=model.key_value_heads, head_dim=model.head_width,
+        intermediate_size=model.mlp_width, max_position_embeddings=model.context, rms_norm_eps=model.norm.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.position.theta}, tie_word_embeddings=model.tied,
+        attention_bias=False, **common,
     )  # fmt: skip
+    return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
 def same_weights(theirs: Any) -> Transformer:
@@ -97,9 +101,10 @@ def same_weights(theirs: Any) -> Transformer:
     return copy.deepcopy(model)  # the file's own memory goes with the folder
 
 
-def minillm(of: Setting, first: nn.Module) -> Trainer:
-    """Ours, as `minillm train` makes steps."""
-    model = same_weights(first).to(of.device).train()
+def minillm(of: Setting, first: nn.Module, *, on: Callable[[], contextlib.AbstractContextManager]) -> Trainer:
+    """Ours, as `minillm train` makes steps; each within `on()`."""
+    model = copy.deepcopy(first) if isinstance(first, Transformer) else same_weights(first)
+    model = model.to(of.device).train()
     objective = training_objective(of.settings.train)
     batches: list[Batch] = []
     job = Job(
@@ -112,7 +117,8 @@ def minillm(of: Setting, first: nn.Module) -> Trainer:
     def step(ids: Tensor, targets: Tensor) -> float:
         batches.append(Batch(ids=ids, targets=targets, samples=tuple(range(len(ids)))))
         before = loop.progress.loss_sum
-        loop._step()
+        with on():
+            loop._step()
         return (loop.progress.loss_sum - before) / targets.numel()
 
     return step

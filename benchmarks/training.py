@@ -17,6 +17,7 @@ import resource
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from torch import Tensor
 from benchmarks import peers, records, timing
 from benchmarks.peers import Setting, Trainer
 from benchmarks.records import Row
-from minillm import preflight
+from minillm import ops, preflight
 from minillm.config import merge
 from minillm.machine import peak_bytes
-from minillm.presets import MODELS, settings
+from minillm.presets import MODELS, RUNS, settings
 from minillm.training.plan import choose_device, choose_dtype
 from minillm.training.roofs import matrix_rate
 
@@ -56,6 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str]] = {  # model, batch, device
     "gpt2, 2 layers": (merge(_GPT2, {"layers": 2, "context": 256}), 4, "cpu"),
     "gpt2": (_GPT2, 32, "cuda"),
     "llama-350m": (MODELS["llama-350m"], 16, "cuda"),
+    "speedrun": ({**RUNS["speedrun"]["model"], "vocab_size": 4096}, 128, "cuda"),
 }
 TINY = (merge(_GPT2, {"layers": 2, "heads": 2, "dim": 32, "context": 16, "vocab_size": 65}), 4)
 
@@ -106,11 +108,16 @@ def described(name: str, of: Setting, quick: bool) -> Row:
 
 
 def makers(of: Setting, nanogpt: Path | None) -> dict[str, Callable[[Any], Trainer]]:
-    """By provider, what makes its trainer out of the first weights; nanoGPT has GPT-2's shape alone."""
-    found: dict[str, Callable[[Any], Trainer]] = {
-        "minillm": partial(peers.minillm, of),
-        "transformers": partial(peers.transformers, of),
-    }
+    """By provider, what makes its trainer out of the first weights.
+
+    On a GPU ours once more on PyTorch's kernels (SDPA, the compiler's own); nanoGPT has GPT-2's shape alone, and for
+    n-gram tables there is no peer.
+    """
+    found: dict[str, Callable[[Any], Trainer]] = {"minillm": partial(peers.minillm, of, on=nullcontext)}
+    if of.device.type == "cuda":
+        found["minillm, --kernels torch"] = partial(peers.minillm, of, on=ops.on_torch)
+    if not of.settings.model.speedrun.ngrams:
+        found["transformers"] = partial(peers.transformers, of)
     if nanogpt is not None and of.settings.model.position.kind == "learned":
         found["nanogpt"] = partial(peers.nanogpt, of, checkout=nanogpt)
     return found

@@ -1,10 +1,14 @@
 """python -m benchmarks training: ours and Transformers' model do the same work, or nothing is written."""
 
+import math
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
 from benchmarks import peers, records, tables, training
 from benchmarks.__main__ import main
+from minillm import ops
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +79,32 @@ def test_batches_are_the_same_on_every_call():
     again = training.batch(source, of, 3)
     assert torch.equal(ids, again[0]) and torch.equal(ids[:, 1:], targets[:, :-1]) and ids.max() < 65
     assert not torch.equal(ids, training.batch(source, of, 4)[0])
+
+
+def test_on_a_gpu_ours_is_measured_on_both_kernels(monkeypatch):
+    model = {"layers": 1, "heads": 2, "dim": 32, "context": 16, "vocab_size": 61}
+    gpu = peers.setting(model, 2, torch.device("cuda"), "bf16")
+    assert list(training.makers(gpu, None)) == ["minillm", "minillm, --kernels torch", "transformers"]
+    of, seen = peers.setting(model, 2, torch.device("cpu"), "fp32"), []
+
+    @contextmanager
+    def on():
+        with ops.on_torch():
+            yield seen.append(ops._choice)
+
+    ops.select("triton")
+    try:
+        first = peers.start(of)
+        providers = {"minillm": peers.minillm(of, first, on=on), "triton": peers.minillm(of, first, on=nullcontext)}
+        found = training.measured(providers, of, quick=True)
+    finally:
+        ops.select("auto")
+    assert seen == ["torch"] * 7 and 0 < found["triton"]["gap"] < 1e-4
+
+
+def test_the_recipe_has_no_peer():
+    model = {"layers": 1, "heads": 2, "dim": 32, "context": 16, "vocab_size": 61, "speedrun": {"ngrams": 2}}
+    of = peers.setting(model, 2, torch.device("cpu"), "fp32")
+    found = training.measured(training.trainers(of, None), of, quick=True)
+    assert list(found) == ["minillm"] and len(set(found["minillm"]["losses"])) == 7
+    assert found["minillm"]["losses"][0] == pytest.approx(math.log(61), rel=0.1)
