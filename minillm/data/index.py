@@ -21,6 +21,13 @@ from minillm.data.tokens import Header, TokenStream, body_is_intact, check_fit, 
 FORMAT = 1
 INDEX, TEXT = "index.json", "validation.txt"
 _AGAIN = "prepare the data again"
+_INFO = {
+    **dict.fromkeys(("source", "hash", "split", "tokenizer"), str),
+    **dict.fromkeys(
+        ("documents", "bytes", "train_tokens", "train_bytes", "val_tokens", "val_bytes", "val_targets"), int
+    ),
+    **{"bytes_per_token": float, "skipped": int},
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,24 @@ def read_index(path: Path) -> dict[str, Any]:
         raise DamagedFile(f"{file} is damaged: it does not match its own checksum; {_AGAIN}")
     if index.get("format") != FORMAT:
         raise UserError(f"{file} has format {index.get('format')}, not {FORMAT}; {_AGAIN} with this version")
+    if not _is_whole(index):
+        raise DamagedFile(f"{file} is damaged: it does not tell what the folder holds; {_AGAIN}")
     return index
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Whether all that is read from an index is there and of its type: a checksum is soon made to fit."""
+    info, files = index.get("info"), index.get("files")
+    return (
+        isinstance(info, dict)
+        and all(type(info.get(name)) is kind for name, kind in _INFO.items())
+        and isinstance(files, dict)
+        and all(
+            isinstance(files.get(name), list) and all(isinstance(sha256, str) for sha256 in files[name])
+            for name in ("train", "val")
+        )
+        and isinstance(index.get("text"), str)
+    )
 
 
 def _token_files(path: Path, index: dict[str, Any], name: str) -> Iterator[tuple[Path, str]]:

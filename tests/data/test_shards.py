@@ -11,7 +11,7 @@ import pytest
 
 from minillm.config import DamagedFile, UserError
 from minillm.data import readers
-from minillm.data.index import render_index
+from minillm.data.index import read_index, render_index
 from minillm.data.shards import corpus_hash, default_workers, is_prepared, open_shards, verify
 from minillm.data.sources import open_source
 from minillm.data.tokens import read_header
@@ -253,6 +253,28 @@ def test_no_file_from_elsewhere(prepared: Prepare, corpus: Path, tmp_path: Path)
         open_shards(folder)
     with pytest.raises(UserError, match="holds no prepared data"):
         open_shards(corpus)
+
+
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        (("info",), None), (("info", "val_bytes"), "9"), (("info", "bytes_per_token"), None), (("info", "hash"), 3),
+        (("files",), []), (("files", "train"), None), (("files", "val"), [1]), (("text",), {}), (("files", "val"), "x"),
+    ],
+)  # fmt: skip
+def test_an_index_that_fits_its_checksum_and_says_nothing(prepared: Prepare, corpus: Path, way, value) -> None:
+    folder = prepared(corpus, validation=0.2).path
+    index = read_index(folder)
+    del index["sha256"]
+    *before, last = way
+    inside = index
+    for step in before:
+        inside = inside[step]
+    inside[last] = value
+    (folder / "index.json").write_bytes(render_index(index))
+    with pytest.raises(DamagedFile, match=r"index\.json is damaged: it does not tell what the folder holds"):
+        open_shards(folder)
+    assert len(verify(folder)) == 1 and "index.json" in verify(folder)[0]
 
 
 BOUNDED = """
