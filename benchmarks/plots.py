@@ -35,7 +35,8 @@ def points(rows: Sequence[Row], letter: str) -> dict[str, list[tuple[float, floa
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in sorted(rows, key=lambda row: row["shape"][letter]):
         middle = row["frac_roof"]
-        slow, fast = (middle * row["ms_p50"] / row[name] for name in ("ms_p80", "ms_p20"))
+        # the quotient of times first: of equal ones it is 1, and no error bar comes out below 0 by rounding
+        slow, fast = (middle * (row["ms_p50"] / row[name]) for name in ("ms_p80", "ms_p20"))
         series.setdefault(row["provider"], []).append((row["shape"][letter], middle, middle - slow, fast - middle))
     return series
 

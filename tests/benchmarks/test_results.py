@@ -171,6 +171,12 @@ def test_the_figures_bars_reach_from_p20_to_p80():
     assert (middle, below, above) == pytest.approx((0.4, 0.4 - 0.4 / 1.2, 0.4 / 0.9 - 0.4))
 
 
+def test_equal_samples_have_no_error_bar_and_none_below_zero():
+    same = [{"ms_p20": t / 7, "ms_p50": t / 7, "ms_p80": t / 7, "frac_roof": 1 / t, "shape": {"N": t}, "provider": "x"}
+            for t in range(1, 200)]  # fmt: skip
+    assert all(point[2:] == (0, 0) for point in plots.points(same, "N")["x"])
+
+
 def test_figures_are_drawn(tmp_path):
     paths = plots.draw_all([row(), row("liger", 2.0), row("eager") | {"failed": "x"}], tmp_path)
     assert [path.name for path in paths] == ["rms_norm-forward-gpu-time.png"]
