@@ -6,7 +6,12 @@ PyTorch's factories make their tensors on the GPU while these tests run, so the 
 there as they are.
 """
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +34,10 @@ from tests.kernels import test_rms_norm as rms_norms
 from tests.kernels import test_rope as ropes
 from tests.kernels import test_swiglu as gates
 from tests.kernels.compare import CUDA, DTYPES, results
+from tests.kernels.operators import operators
 
 pytestmark = CUDA
+ROOT = Path(__file__).parents[2]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # The small grids that the interpreter runs (those of the norms, RoPE and SwiGLU have a device among their options).
@@ -234,38 +241,13 @@ def test_losses_past_int32() -> None:
 # Races: 250 runs with the same bits. Only the fused backward's dq may differ, by the order of its atomic additions.
 
 
-def operators() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], dict[str, Tensor]]]:
-    """{name: (function, inputs)} in bf16, large enough that programs overlap."""
-    x, w = (big(2048, 1024) for _ in range(2)), (big(1024) for _ in range(2))
-    heads = {"q": big(2, 8, 512, 64), "k": big(2, 2, 512, 64)}
-    cos, sin = torch.randn(512, 32), torch.randn(512, 32)
-    targets, qkv = torch.randint(4096, (2048,)), heads | {"v": big(2, 2, 512, 64)}
-    hidden, residual, weight, bias = *x, *w
-    ids = torch.randint(0, 4, (2, 512)).sort().values
-    return {
-        "rms_norm": (rms_norm, {"x": hidden, "weight": weight, "residual": residual}),
-        "layer_norm": (layer_norm, {"x": hidden, "weight": weight, "bias": bias}),
-        "rope": (
-            lambda **inputs: rope(cos=cos, sin=sin, **inputs), heads | {"q_weight": big(64), "k_weight": big(64)},
-        ),
-        "swiglu": (swiglu, {"gate": hidden, "up": residual}),
-        "cross_entropy": (lambda logits: cross_entropy(logits, targets), {"logits": big(2048, 4096)}),
-        "linear_cross_entropy": (
-            lambda hidden, weight: linear_cross_entropy(hidden, weight, targets),
-            {"hidden": hidden, "weight": big(4096, 1024)},
-        ),
-        "attention": (lambda **inputs: flash_attention(causal=True, segments=(ids, ids), **inputs), qkv),
-        "attention, deterministic": (lambda **inputs: flash_attention(causal=True, deterministic=True, **inputs), qkv),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "name",
-    ["rms_norm", "layer_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention",
+    ["rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy", "linear_cross_entropy", "attention",
      "attention, deterministic"],
 )  # fmt: skip
 def test_the_same_in_250_runs(name: str) -> None:
-    function, inputs = operators()[name]
+    function, inputs = operators(torch.bfloat16, M=2048, N=1024, T=512, V=4096)[name]
     answer = function(**inputs)
     cotangents = [torch.randn_like(y) for y in (answer if isinstance(answer, tuple) else (answer,))]
     first = results(function, inputs, cotangents)
@@ -282,3 +264,20 @@ def test_decoding_is_the_same_in_250_runs() -> None:
     q, k, v, lengths = big(4, 8, 1, 64), big(4, 2, 4096, 64), big(4, 2, 4096, 64), torch.tensor([4096, 1000, 65, 1])
     first = decode_attention(q, k, v, lengths)
     assert all(torch.equal(decode_attention(q, k, v, lengths), first) for _ in range(250))
+
+
+# What no comparison of numbers shows: an access outside of its tensor that hits another, a race that was won by chance.
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.timeout(900)
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    every = [sys.executable, "-m", "tests.kernels.operators"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *every]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation holds many tensors
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "decode_attention" in done.stdout
