@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
                 args = _parse(argv)
                 if (run := earlier_run(args.out)) is not None:
                     return _resume(Resume(resume=str(run), log=args.log), signals, team)
-                return _start(args, signals, team)
+                return _start(args, argv, signals, team)
         except Stopped as stopped:
             say(f"{stopped} before the first step; --resume DIR goes on, where the folder is there already")
             return stopped.code
@@ -110,7 +110,7 @@ def _read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _start(args: Args, signals: Signals, team: Alone) -> int:
+def _start(args: Args, argv: list[str], signals: Signals, team: Alone) -> int:
     """A new run: its folder and config.json first, so that whatever follows can be resumed.
 
     What turns out to be wrong before training begins leaves no folder behind, and what can be known without one is
@@ -133,7 +133,7 @@ def _start(args: Args, signals: Signals, team: Alone) -> int:
         name = Path(name).name
         settings = replace(settings, source=str(Path(settings.source).absolute()))
     team.check(settings)
-    config = {**run_config(settings), **launch()}
+    config = {**run_config(settings), "options": argv, **launch()}
     run = None
     with contextlib.ExitStack() as whole:
         if team.lead:

@@ -60,6 +60,8 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     if _half_removed(folder):
         clear_run(folder)
     elif _holds_run(folder):
+        if not overwrite and not (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run without its config.json; put it back, or --overwrite replaces it")
         if not overwrite:
             raise UserError(f"{folder} already holds a run; --resume {folder} goes on with it, --overwrite replaces it")
         clear_run(folder)

@@ -144,7 +144,7 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
     if last.get("event") == "nonfinite":
         return [
             (f"minillm doctor {folder}", "names what is wrong, and where"),
-            (_train(settings, lr=0.3), "the same run with a third of the learning rate"),
+            (_train(config, lr=0.3), "the same run with a third of the learning rate"),
             (f"minillm plot {folder}", "the curves up to the break"),
         ]
     if config.get("task"):
@@ -159,7 +159,7 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
         commands.append((f"minillm doctor {folder}", "checks the run for known faults"))
     minutes, steps = settings.get("minutes"), plan.get("steps")
     if minutes or steps:
-        commands.append((_train(settings, longer=4, steps=steps), "four times as long: the surest way to a lower loss"))
+        commands.append((_train(config, longer=4, steps=steps), "four times as long: the surest way to a lower loss"))
     commands.append((f"minillm plot {folder}", "draws the curves; name several runs to compare them"))
     return commands[:3]
 
@@ -174,16 +174,32 @@ def _after_finetuning(folder: str, task: str, last: Mapping[str, Any]) -> list[t
     return commands[:3]
 
 
-def _train(settings: Mapping[str, Any], *, longer: int = 1, lr: float | None = None, steps: int | None = None) -> str:
+def _train(config: Mapping[str, Any], *, longer: int = 1, lr: float | None = None, steps: int | None = None) -> str:
+    """The command that began a run, changed in one thing, and with a folder of its own."""
+    settings = config.get("settings") or {}
     command = f"python train.py --preset {shlex.quote(str(settings.get('preset', 'default')))}"
     if settings.get("source", "stdlib") != "stdlib":
         command += f" --data {shlex.quote(str(settings['source']))}"
+    replaced = ["preset", "data", "out", "overwrite", "profile"]
+    replaced += ["minutes", "steps"] if longer > 1 else ["optim.lr"]
+    command += "".join(f" {shlex.quote(part)}" for part in _without(config.get("options") or (), replaced))
     if longer > 1:
         minutes = settings.get("minutes")
         command += f" --minutes {longer * minutes:g}" if minutes else f" --steps {longer * (steps or 1)}"
     if lr is not None:
         command += f" --optim.lr {lr * (settings.get('optim') or {}).get('lr', 1e-3):.1g}"
     return command
+
+
+def _without(options: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A command line without some of its options and their values."""
+    kept, keep = [], True
+    for part in options:
+        if part.startswith("--"):
+            keep = part.removeprefix("--").split("=", 1)[0].replace("_", "-") not in names
+        if keep:
+            kept.append(part)
+    return kept
 
 
 def _listed(parts: Sequence[str]) -> str:

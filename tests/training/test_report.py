@@ -280,6 +280,19 @@ def test_next_commands_fit_the_model() -> None:
     assert encoder[:2] == ["minillm doctor runs/a", "python train.py --preset mlm-tiny --data 'a b' --steps 2400"]
 
 
+def test_next_commands_begin_as_the_run_did() -> None:
+    """With all that was given but what they change: where it goes, how long it takes, or its rate."""
+    options = ["--out=r", "--preset", "default", "--steps", "100", "--optim.lr", "-1e-3", "--model.no-tied"]
+    options += ["--data", "a b", "--overwrite", "--config", "my run.toml", "--profile", "--seed", "3"]
+    begun = {**config(100, source="a b"), "options": options}
+    longer = next_commands(Path("r"), begun, GOOD)[1][0]
+    given = "--preset default --data 'a b' {}--model.no-tied --config 'my run.toml' {}--seed 3"
+    assert longer == f"python train.py {given.format('--optim.lr -1e-3 ', '')} --minutes 18"
+    broken = {"event": "nonfinite", "step": 61, "what": "loss", "layer": "decoder", "samples": [1]}
+    slower = next_commands(Path("r"), begun, [*GOOD[:-1], broken])[1][0]
+    assert slower == f"python train.py {given.format('--steps 100 ', '')} --optim.lr 0.0006"
+
+
 def test_nothing_read_once_is_called_memorised() -> None:
     metrics = [
         BASELINES,

@@ -127,7 +127,7 @@ def test_killed_before_its_data_was_ready(capsys, whole) -> None:
     config = json.loads((run / "config.json").read_text())
     shutil.rmtree(run)
     run.mkdir()
-    kept = {name: config[name] for name in ("format", "settings", "versions")}
+    kept = {name: config[name] for name in ("format", "settings", "versions", "options")}
     (run / "config.json").write_text(json.dumps(kept))
     assert resume(capsys, run).code == 0
     assert losses(run) == losses(expected)

@@ -256,6 +256,12 @@ def test_a_folder_that_holds_a_run(capsys, text: Path, tmp_path: Path) -> None:
     assert metrics(run) == before, "what is refused replaces nothing"
     assert train(capsys, *argv, "--overwrite", "--seed", "9").code == 0
     assert losses(run) != [(x["split"], x["step"], x["loss"], x["targets"]) for x in before if "split" in x]
+    (run / "config.json").unlink()
+    one_line(train(capsys, *argv), f"{run} holds a run without its config.json; put it back, or --overwrite replaces")
+    assert (
+        train(capsys, *argv, "--overwrite").code == 0
+        and losses(run)[:1] == [(x["split"], x["step"], x["loss"], x["targets"]) for x in before if "split" in x][:1]
+    )
 
 
 def test_the_parser_names_what_it_does_not_know(capsys, text: Path, tmp_path: Path) -> None:
