@@ -28,7 +28,8 @@ def replaying(step: Callable[[Tensor], Tensor], ids: Tensor) -> tuple[Callable[[
     up on first use cannot do so in a recording.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # What other threads ask of the GPU meanwhile, as those of a group of processes do, is no part of it and no fault.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step(ids)
     return graph.replay, result
 

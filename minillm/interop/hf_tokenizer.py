@@ -206,9 +206,7 @@ def _made(
         model.encode(_PROBE, _PROBE)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the library raises bare Exception, and the panics of its Rust side are not even that
+    except BaseException as error:  # the library raises bare Exception, and a panic of its Rust side is not even that
         raise DamagedFile(f"{folder / FILE} is damaged: it is no tokenizer ({str(error)[:200]})") from None
     ids = model.get_vocab(with_added_tokens=True).values()
     if not ids or max(ids) >= _LARGEST:
