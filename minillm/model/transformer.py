@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         """The last block's output [B, T, dim], which task heads and the output matrix read.
 
         Args:
-            ids: [B, T] tokens; of an encoder-decoder the decoder's.
+            ids: [B, T] tokens, of any integer dtype; of an encoder-decoder the decoder's.
             segments: [B, T] document of each token. Tokens see their own document only, and positions count within
                 it. Negative ids are padding. None: each row is one document.
             source: [B, S] the encoder's tokens, of an encoder-decoder; may be None once a cache has read them.
@@ -191,6 +191,7 @@ class Transformer(nn.Module):
             UserError: an input that this shape cannot read, or more tokens than learned positions or the cache hold.
         """
         self._check(segments, source, token_types, cache, new)
+        ids = ids.long()  # shards hold uint16, which torch does not look up, and hashes of int32 would overflow
         if self.decoder is None:
             assert self.encoder is not None
             x = self._embed(ids, token_types, self.embedding)
@@ -218,7 +219,7 @@ class Transformer(nn.Module):
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
         """An encoder-decoder's encoder alone: source [B, S] -> [B, S, dim]"""
         assert self.encoder is not None
-        view = View(segments=source_segments)
+        source, view = source.long(), View(segments=source_segments)
         x = self._embed(source, None, self.source_embedding or self.embedding)
         return self.encoder(x, self._positions(source, source_segments, self.encoder), view)
 

@@ -53,6 +53,16 @@ def test_every_parameter_gets_a_finite_gradient(shape: str, tied: bool, placemen
             assert gradient.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ids_may_have_any_integer_dtype(shape: str, dtype: torch.dtype) -> None:
+    ngrams = {"speedrun": {"ngrams": 3}} if shape == "decoder" else {}
+    model = build(small(shape=shape, token_types=2, **ngrams))
+    inputs = inputs_of(model.config)
+    narrow = {name: x.to(dtype) if name in ("ids", "source") else x for name, x in inputs.items()}
+    assert torch.equal(model(**narrow), model(**inputs))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_equal_finite_differences(shape: str) -> None:
     """Through the whole model, by the embeddings' weight: (f(w + h) - f(w - h)) / 2h along a random direction."""
