@@ -5,7 +5,10 @@ through `minillm.interop`; in fp32 both must generate the same texts, else nothi
 bf16 on a CPU, on a GPU bf16 alone (there a rounding may turn a greedy choice, which costs no time). Ours and the peer
 take turns, the time is the wall's for the whole call: reading the prompts, every new token, the host's part included.
 
-Without cache each token reads the whole text anew, so there the new tokens are few (`new_tokens` says how many).
+Without cache each token reads the whole text anew, so there the new tokens are few (`new_tokens` says how many). With
+it a step reads every weight once for all rows: frac_roof is that rate, bytes of weights over seconds of a step, as a
+share of a copy's (bytes read and written) in the same run. A model that no cache holds cannot pass it by much, whoever
+runs it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from minillm.inference.sampling import Sampling
 from minillm.model.transformer import Transformer
 from minillm.presets import MODELS, settings
 from minillm.training.plan import cpu_multiplies_bf16
+from minillm.training.roofs import copy_rate
 
 BATCHES = (1, 8, 32)
 FULL: dict[str, Any] = {"models": ("gpt2", "llama-5m"), "prompt": 32, "cached": 64, "uncached": 4, "rounds": 5}
@@ -43,6 +47,7 @@ def run(names: Sequence[str], out: Path, *, quick: bool, batches: Sequence[int] 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = records.provenance("transformers") | {"quick": quick, "threads": torch.get_num_threads()}
     path = out / records.slug(about["device"]) / "generation.json"
+    roof = copy_rate(device)
     for name in names or size["models"]:
         models = {who: model.to(device).eval() for who, model in pair(name).items()}
         vocab_size = models["minillm"].embedding.num_embeddings
@@ -63,11 +68,15 @@ def run(names: Sequence[str], out: Path, *, quick: bool, batches: Sequence[int] 
                 return 1
         for dtype in dtypes(device):
             providers = generators({who: model.to(dtype) for who, model in models.items()}, device)
+            weights = sum(p.nbytes for p in models["minillm"].parameters())
             for prompts, new, cached in cases:
                 shape = {"B": len(prompts), "prompt": size["prompt"], "new_tokens": new, "cache": cached}
                 case = {"kernel": f"generate {name}", "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
                 found = measure(providers, prompts, new, cached, size["rounds"])
-                rows = [case | {"provider": who} | row | about for who, row in found.items()]
+                for row in found.values():
+                    if cached and "tokens_p50" in row:
+                        row["frac_roof"] = weights * row["tokens_p50"] / len(prompts) / roof
+                rows = [case | {"provider": who, "roof": roof} | row | about for who, row in found.items()]
                 records.save(path, records.merge(records.load(path), rows))
                 print(report(rows), flush=True)
     print(f"written to {path}")
@@ -147,6 +156,7 @@ def report(rows: Sequence[Row]) -> str:
         case += f"{'cache' if row['shape']['cache'] else 'no cache':9}"
         figures = row.get("failed") or (
             f"{row['tokens_p50']:9.1f} tokens/s ({row['tokens_p20']:.1f} to {row['tokens_p80']:.1f})"
+            + (f"  {row['frac_roof']:.0%} of the memory's rate" if "frac_roof" in row else "")
         )
         lines.append(f"{case} {row['provider']:14}{figures}")
     return "\n".join(lines)

@@ -72,14 +72,17 @@ def generation(results: Path) -> str:
             first = next(iter(found.values()))
             shape, model = first["shape"], first["kernel"].removeprefix("generate ")
             title = f"{model}, {first['dtype']}, batch {shape['B']}, {'cache' if shape['cache'] else 'no cache'}"
+            share = found["minillm"].get("frac_roof")
             body.append(
                 [title, str(shape["new_tokens"])]
                 + [spread(found[name], "tokens", 0) if "tokens_p50" in found.get(name, {}) else "–" for name in names]
+                + ["–" if share is None else f"{100 * share:.0f} %"]
             )
         load = max(row["load"] for row in rows)
         note = f"{device}, {rows[0]['threads']} threads; new tokens a second, all rows together, greedy; "
-        note += f"median (p20 to p80). Load of the machine up to {load}."
-        parts.append(markdown(["", "new tokens", *names], body, f"{note} {versions(rows)}"))
+        note += "median (p20 to p80). The last column: how fast ours reads its weights, as a share of a copy's rate "
+        note += f"({rows[0]['roof'] / 1e9:,.0f} GB a second). Load of the machine up to {load}."
+        parts.append(markdown(["", "new tokens", *names, "of the memory's rate"], body, f"{note} {versions(rows)}"))
     return "\n\n".join(parts) or missing("python -m benchmarks generation")
 
 

@@ -65,9 +65,11 @@ def test_every_case_of_every_scale_counts_its_work():
 def test_generation_beside_transformers(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(generation, "QUICK", generation.QUICK | {"cached": 5, "uncached": 2, "rounds": 2})
+    monkeypatch.setattr(generation, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr(generation, "dtypes", lambda device: (torch.float32, torch.bfloat16))
     assert generation.run(["gpt2-tiny", "llama-5m"], tmp_path, quick=True, batches=(1, 3)) == 0
     rows = records.load(tmp_path / records.slug(records.device_name()) / "generation.json")
+    tiny = [*generation.pair("gpt2-tiny")["minillm"].parameters()]
     found = [(row["kernel"], row["dtype"], row["shape"]["B"], row["shape"]["cache"], row["provider"]) for row in rows]
     assert found == [
         (f"generate {model}", dtype, batch, cache, who)
@@ -78,6 +80,11 @@ def test_generation_beside_transformers(tmp_path, monkeypatch):
         for who in ("minillm", "transformers")
     ]
     assert all(0 < row["tokens_p20"] <= row["tokens_p50"] <= row["tokens_p80"] and row["samples"] == 2 for row in rows)
+    ours = rows[0]
+    assert ours["frac_roof"] == pytest.approx(4 * sum(p.numel() for p in tiny) * ours["tokens_p50"] / 1e9)
+    assert "frac_roof" not in rows[2] and rows[4]["frac_roof"] == pytest.approx(
+        4 * sum(p.numel() for p in tiny) * rows[4]["tokens_p50"] / 3 / 1e9
+    )
 
 
 def test_texts_that_differ_are_not_timed(tmp_path, monkeypatch, capsys):
