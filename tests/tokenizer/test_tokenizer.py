@@ -50,6 +50,21 @@ def test_any_text_comes_back(any_text: Tokenizer, text: str) -> None:
     assert not set(ids) & set(any_text.special.values())
 
 
+@pytest.mark.prove
+@settings(THOROUGH, max_examples=2000)
+@given(FRAGMENTS)
+def test_thousands_of_texts_come_back(any_text: Tokenizer, text: str) -> None:
+    ids = any_text.encode(text)
+    assert any_text.decode(ids) == text
+    assert not set(ids) & set(any_text.special.values())
+
+
+@pytest.mark.prove
+def test_a_line_of_fifty_megabytes_comes_back(bpe: Tokenizer) -> None:
+    text = "0123456789 abcdef é▁" * (50_000_000 // 24)
+    assert bpe.decode(bpe.encode(text)) == text
+
+
 @THOROUGH
 @given(st.lists(FRAGMENTS, max_size=4))
 def test_batches_and_streams_agree_with_single_calls(any_text: Tokenizer, texts: list[str]) -> None:
