@@ -223,6 +223,20 @@ def test_settings_that_change_nothing_learned_leave_a_run_normal(tmp_path):
     assert kinds(run) == []
 
 
+@pytest.mark.parametrize("name", ["mlm-tiny", "seq2seq-tiny"])
+def test_what_is_normal_without_bits_per_byte(tmp_path, name):
+    chosen = resolved(presets.settings(name, {"model": {"vocab_size": V}}), V)
+    ends = doctor.NORMAL[name, "stdlib"]
+    assert len(ends) > 1 and max(ends) < 1.01 * min(ends)
+    for loss, found in [(min(ends), []), (1.06 * max(ends), ["unusual"]), (0.94 * min(ends), ["unusual"])]:
+        points = [(0, math.log(V)), (300, (math.log(V) + loss) / 2), (600, loss)]
+        metrics = [{"step": step, "split": "val", "loss": y, "bits_per_byte": None, "targets": 9} for step, y in points]
+        metrics.append({"event": "end", "step": 600, "reason": "finished"})
+        run = write_run(tmp_path / f"{loss}", metrics, settings=to_dict(chosen), plan={"steps": 600})
+        assert kinds(run) == found
+    assert "nats per target" in doctor.examine(run)[0].message
+
+
 def test_every_normal_run_is_one_of_a_preset_in_steps():
     for (name, _), ends in doctor.NORMAL.items():
         assert presets.settings(name).steps and ends and all(0.5 < end < 10 for end in ends)
