@@ -6,8 +6,8 @@ With p = exp(s - lse) and δ = rowsum(do ∘ out), the derivation in flash_atten
 
 `by_keys`: one program owns a block of keys for one query head, walks over the queries that see it and keeps dk, dv in
 registers; grouped heads are summed afterwards (walking over the group's heads in here would spill registers). With
-`dq` it also adds its share to dq, in fp32 and atomically: five products a tile, but a sum whose order, hence last bit,
-differs from run to run.
+`dq` it also adds its share to dq / scale, in fp32 and atomically: five products a tile, but a sum whose order, hence
+last bit, differs from run to run.
 `by_queries`: one program owns a block of queries and sums dq alone. Both together compute s and dp twice, seven
 products a tile, and every sum has a fixed order: the deterministic backward.
 
@@ -37,24 +37,18 @@ def row_delta(
 
 @jit
 def _weights(product, lse, position, s, q_id, kv_id, row, MASKED: tl.constexpr):
-    """p of a tile, either way round, and the scores as `capped` gives them."""
+    """p of a tile, either way round, and what dp - δ is multiplied by: p · d(score) / d(scaled product)."""
     score = capped(product, row)
     exponent, factor = biased(score, position, s, row)
     exponent *= factor
     if MASKED:  # before the power of 2, which a hidden score could make infinite
         exponent = tl.where(visible(position, s, q_id, kv_id, row), exponent, float("-inf"))
     p = tl.exp2(exponent - lse)
-    return p, score
-
-
-@jit
-def _score_gradient(p, score, dp, delta, row):
-    """ds of a tile: the gradient of the scaled scores, before softcap."""
-    ds = p * (dp - delta)
+    slope = p
     if row.softcap is not None:  # d (c tanh(x / c)) / dx = 1 - tanh²
-        ratio = score / row.softcap
-        ds *= 1 - ratio * ratio
-    return ds
+        ratio = score * (1.0 / row.softcap)
+        slope = p * (1 - ratio * ratio)
+    return p, slope
 
 
 @jit
@@ -75,32 +69,40 @@ def _gather(
         do = tile(do_ptr, do_t, block * BLOCK_M, row.queries, D, BLOCK_M, BLOCK_D, MASKED, WIDEN)
         # Each sum takes its tile before the next product starts: two at once would not fit into the registers.
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        lse = tl.load(lse_ptr + t, inside, other=float("inf"))[None, :]  # a row that is not there has no weights
-        p, score = _weights(product, lse, position, s, q_id, kv_id, row, MASKED)
+        # A row that is not there has no weights.
+        lse = (tl.load(lse_ptr + t, inside, other=float("inf")) if MASKED else tl.load(lse_ptr + t))[None, :]
+        p, slope = _weights(product, lse, position, s, q_id, kv_id, row, MASKED)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        delta = tl.load(delta_ptr + t, inside, other=0.0)[None, :]
-        ds = _score_gradient(p, score, dp, delta, row)
-        ds = ds.to(q.dtype)
+        delta = (tl.load(delta_ptr + t, inside, other=0.0) if MASKED else tl.load(delta_ptr + t))[None, :]
+        ds = (slope * (dp - delta)).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if dq_ptr is not None:
-            share = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * row.scale
+            if BLOCK_M < BLOCK_D:  # Hopper's matrix unit takes 64 rows or more: the share's, or its transpose's
+                share = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
+            else:
+                share = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
             d = tl.arange(0, BLOCK_D)[None, :]
-            at = dq_ptr + tl.cast(block * BLOCK_M, tl.int64) * dq_t + tl.arange(0, BLOCK_M)[:, None] * dq_t + d
-            tl.atomic_add(at, share, inside[:, None] & (d < D), sem="relaxed")
+            at = dq_ptr + (tl.cast(block * BLOCK_M, tl.int64) + tl.arange(0, BLOCK_M)[:, None]) * dq_t + d
+            if MASKED:
+                tl.atomic_add(at, share, inside[:, None] & (d < D), sem="relaxed")
+            else:
+                tl.atomic_add(at, share, d < D, sem="relaxed")
     return dk, dv
 
 
 @jit
 def by_keys(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,  # dq [B, T, H, D] fp32 zeros, or None
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,  # dq: fp32 zeros, or None
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t,  # strides; the last axis is contiguous
     slopes_ptr, q_ids_ptr, kv_ids_ptr, q_lengths_ptr, kv_lengths_ptr, list_ptr, counts_ptr,  # None where absent
     scale, factor, softcap, left, right, H, G, T, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys and one query head. Writes dk, dv [B, S, H, D]; adds to dq where it is given."""
+    """One program: BLOCK_N keys and one query head. Writes dk, dv [B, S, H, D]; adds to dq [B, T, H, D],
+    still without the factor `scale`, where it is given.
+    """
     blocks = tl.cdiv(S, BLOCK_N)
     block, bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks  # causal: the first keys are seen most
     b, h = tl.cast(bh // H, tl.int64), tl.cast(bh % H, tl.int64)
@@ -177,9 +179,9 @@ def _collect(
         k = tile(k_ptr, k_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
         v = tile(v_ptr, v_t, block * BLOCK_N, row.keys, D, BLOCK_N, BLOCK_D, MASKED, WIDEN)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p, score = _weights(product, lse, position, s, q_id, kv_id, row, MASKED)
+        _, slope = _weights(product, lse, position, s, q_id, kv_id, row, MASKED)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = _score_gradient(p, score, dp, delta, row)
+        ds = slope * (dp - delta)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 

@@ -190,7 +190,7 @@ def _op_backward(
         else:
             sums = _heads(B, T, H, D, q, torch.float32).zero_()
             call.launch("flash_attention_backward", *tensors, sums, dk, dv, own_keys=True, **shared)
-            dq = sums.to(q.dtype)
+            torch.mul(sums, scale, out=dq)
     if grouped:
         dk, dv = (_sum_groups(x, k) for x in (dk, dv))
     return dq, dk, dv

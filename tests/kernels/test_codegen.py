@@ -1,6 +1,10 @@
 """What the compiler makes of the kernels, without a GPU: nothing spills, all fit, wgmma where it must be."""
 
 import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,8 @@ from benchmarks.codegen import (
     run,
     table,
 )
+from benchmarks.loops import loops
+from kernels._launch import shipped
 
 REMEDY = "run `python -m benchmarks kernels --codegen` and commit what it writes"
 SAMPLE = 10  # of about 400 for each chip: all of them take minutes
@@ -142,3 +148,67 @@ def test_rows_of_other_chips_stay_in_the_table(tmp_path, monkeypatch):
         monkeypatch.setattr("benchmarks.codegen.collect", lambda archs, quick, row=row: iter([row]))
         run([arch], tmp_path)
     assert [row["arch"] for row in json.loads((tmp_path / "codegen.json").read_text())] == ["sm_80", "sm_90"]
+
+
+# What a thread's loop may cost, in instructions; what it must and what it must not contain (the starts of their names).
+# Each figure is a little above what Triton 3.6 and 3.7 need, and well below what was once spent on masks for whole
+# tiles, on exp instead of exp2, on a division for each element, or on the same arithmetic in two layouts.
+SPILLS = ("LDL", "STL")
+FORWARD = (("HGMMA", "LDGSTS.E.BYPASS.128"), ("HMMA", "FSEL", "LDG.", *SPILLS))
+BACKWARD = (("HGMMA", "LDGSTS.E.BYPASS.128", "REDG.E.ADD.F32x4"), ("HMMA", "FSEL", "BSSY", *SPILLS))
+NORM = (("LDGSTS.E.BYPASS.128", "STG.E.128"), ("LDG.", *SPILLS))
+LOOPS = {  # case, which of its loops -> the most instructions, wanted and unwanted ones
+    ("flash_attention_forward/d64/bfloat16/causal", 0): (480, *FORWARD),
+    ("flash_attention_forward/d128/bfloat16/causal", 0): (550, *FORWARD),
+    ("flash_attention_backward/d64/bfloat16/causal", 0): (430, *BACKWARD),
+    ("flash_attention_backward/d128/bfloat16/causal", 0): (380, *BACKWARD),
+    ("cross_entropy/large/bfloat16/plain", 0): (150, ("LDG.E.128",), ("BAR", "FSETP.GEU", *SPILLS)),
+    ("cross_entropy/large/bfloat16/plain", 1): (175, ("LDG.E.128", "STG.E.128"), ("BAR", "FSETP", *SPILLS)),
+    ("rms_norm_backward/n1024/bfloat16", 0): (345, *NORM),
+    ("layer_norm_backward/n1024/bfloat16", 0): (455, *NORM),
+}
+
+
+def test_the_loops_that_take_the_time_hold_what_they_must_and_little_else():
+    names = dict.fromkeys(name for name, _ in LOOPS)
+    command = [sys.executable, "-m", "benchmarks.loops", *names]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    found = {row["case"]: row for row in map(json.loads, answer.splitlines())}
+    for (name, which), (most, wanted, unwanted) in LOOPS.items():
+        loop = found[name]["loops"][which]
+        assert 50 < sum(loop.values()) <= most, f"{name}: {sum(loop.values())} instructions, of {most}: {loop}"
+        lacking = [start for start in wanted if not any(instruction.startswith(start) for instruction in loop)]
+        beyond = [instruction for instruction in loop if instruction.startswith(unwanted)]
+        assert (lacking, beyond) == ([], []), f"{name}: lacks {lacking}, has {beyond}"
+
+
+def test_loops_are_told_apart_in_a_disassembly():
+    assembly = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+    .L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;
+    .L_x_0:
+        /*0020*/                   FADD R4, R4, R5 ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   BRA `(.L_x_2) ;
+        /*0050*/              @UP0 BRA `(.L_x_1) ;
+    .L_x_2:
+        /*0060*/                   EXIT ;
+    .L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+    """
+    whole, inner = loops(assembly)
+    assert whole == Counter({"BRA": 4, "MOV": 1, "LDG.E.128": 1, "FADD": 1, "EXIT": 1})
+    assert inner == [Counter({"FADD": 1, "BRA": 1})]
+
+
+@pytest.mark.parametrize("kernel", ["rms_norm_backward", "layer_norm_backward"])
+def test_the_programs_that_stay_resident_fit_a_multiprocessor_together(kernel):
+    """Else the last of them start when the first have finished, and every program has as much to do as any other."""
+    choices = shipped(kernel, "sm_90")
+    for row in (row for row in committed("sm_90") if row["kernel"] == kernel):
+        choice = choices[row["case"].removeprefix(f"{kernel}/")]
+        registers = 32 * choice["num_warps"] * -(-row["registers"] // 8) * 8  # handed out by 8 to each thread
+        assert choice["PER_MULTIPROCESSOR"] * registers <= 64 * 1024, row
+        assert choice["PER_MULTIPROCESSOR"] * (row["shared"] + 1024) <= 228 * 1024, row
