@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from minillm import loading
+from minillm import loading, tensors
 from minillm.commands.tasks import task_of
 from minillm.config import DamagedFile, UserError
 from minillm.data.shards import open_shards
 from minillm.data.tokens import read_header
 from minillm.loading import load, load_tokenizer, open_model
 from minillm.peft import files as adapters
+from minillm.tensors import load_tensors
 from minillm.training import checkpoint, manifest
 from tests.finetuning import base, lines, minillm, records
 from tests.interop.theirs import make, save
@@ -114,6 +115,27 @@ def test_no_file_of_tokens_adapter_or_data_executes_a_pickle(tmp_path, capsys):
         assert done.code == 2 and done.err.count("\n") == 1
         assert not (tmp_path / "executed").exists()
     assert refused == 6 * 5
+
+
+def test_a_header_beyond_that_of_any_model_is_not_parsed(tmp_path):
+    """The library reads up to 100 MB of it, and makes gigabytes of that."""
+    folder = save(make("llama", "LlamaForCausalLM"), tmp_path / "hf")
+    model = open_model(base(tmp_path / "run")).model
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    step = checkpoint.resolve(tmp_path / "run")
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(tensors.LARGEST_HEADER + 1)
+    whole = len(header).to_bytes(8, "little") + header + bytes(8)
+    (folder / "model.safetensors").write_bytes(whole)
+    (adapter / "adapter_model.safetensors").write_bytes(whole)
+    (step / "model.safetensors").write_bytes(whole)
+    rehash(step)
+    for opens in (lambda: load(folder), lambda: load(step), lambda: adapters.load(model, adapter)):
+        with pytest.raises(DamagedFile, match="its header claims 10,485,761 bytes"):
+            opens()
+    (step / "model.safetensors").write_bytes(whole[:8].replace(b"\1", b"\0", 1) + header[:-1] + bytes(8))
+    assert load_tensors(step / "model.safetensors")["a"].tolist() == [0.0, 0.0]  # one byte less is read
 
 
 HOSTILE = [

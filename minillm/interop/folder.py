@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.config import DamagedFile, UserError
+from minillm.tensors import load_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -93,14 +94,7 @@ def _load_shards(folder: Path, places: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedFile(f"{path} is damaged: it is no safetensors file ({reason[:200]})") from None
+    tensors = load_tensors(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
             raise UserError(f"{path}: {name} is quantized ({tensor.dtype}); give the model in fp32, bf16 or fp16")

@@ -24,6 +24,7 @@ from minillm.peft import exchange
 from minillm.peft.config import MethodConfig
 from minillm.peft.inject import Adapted, inject
 from minillm.peft.places import Place, Rename
+from minillm.tensors import check_header
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -149,6 +150,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, str]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no adapter: {name} is missing")
     try:
+        check_header(folder / TENSORS)
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             metadata = (file.metadata() or {}).get("minillm")

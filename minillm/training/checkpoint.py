@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.config import DamagedFile, UserError
+from minillm.tensors import load_tensors
 from minillm.training import manifest, parts, shelf
 from minillm.training.state import pack, unpack, unshare
 
@@ -148,12 +148,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """The weights by name, on the CPU. Raises `DamagedFile` where the file is no safetensors file."""
     if (folder / PARTS).is_dir():
         return parts.read(folder / PARTS, parts.WEIGHTS)
-    return _load_tensors(folder / "model.safetensors")
+    return load_tensors(folder / "model.safetensors")
 
 
 def load_state(folder: Path) -> Any:
     """The training state as `save` was given it, tuples as lists. Raises `DamagedFile` where it cannot be read."""
-    packed, tensors = _load_json(folder / "state.json"), _load_tensors(folder / "state.safetensors")
+    packed, tensors = _load_json(folder / "state.json"), load_tensors(folder / "state.safetensors")
     if (folder / PARTS).is_dir():
         tensors |= parts.read(folder / PARTS, parts.STATE)
     try:
@@ -190,14 +190,6 @@ def _verified(folder: Path) -> Path:
         remedy = f"the newest valid checkpoint is {valid}" if valid else "there is no valid checkpoint beside it"
         raise DamagedFile(f"{damage}; {remedy}") from None
     return folder
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedFile(f"{path} is damaged: it is no safetensors file ({reason[:200]})") from None
 
 
 def _load_json(path: Path) -> Any:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minillm.config import DamagedFile
+from minillm.tensors import check_header
 
 WEIGHTS, STATE = "model.", "state."
 """What the names of the two kinds of tensors begin with."""
@@ -54,6 +55,8 @@ def read(folder: Path, kind: str) -> dict[str, Tensor]:
     from torch.distributed import checkpoint as dcp
 
     try:
+        for path in folder.glob("*.safetensors"):
+            check_header(path)
         reader = dcp.HuggingFaceStorageReader(str(folder))
         found = reader.read_metadata().state_dict_metadata
         whole = {
