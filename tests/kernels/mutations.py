@@ -36,20 +36,21 @@ class Mutation(NamedTuple):
 
 CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(old, new)]
     ("cross_entropy.py", "test_cross_entropy.py"): [
-        ("g = tl.exp(z - m) * (slope / s)", "g = tl.exp(z - m) * slope"),
-        ("tl.load(x_ptr + y, known", "tl.load(x_ptr + V - 1 - y, known"),
-        ("m_new = tl.maximum(m, tl.max(z))", "m_new = tl.max(z)"),
+        ("* LOG2E) * share - tl.where", "* LOG2E) * weight - tl.where"),
+        ("_logits(x_ptr + y, known", "_logits(x_ptr + V - 1 - y, known"),
+        ("m_new = tl.maximum(m, tl.max(z, 1))", "m_new = tl.max(z, 1)"),
         ('tl.where(m_new == -float("inf"), 0.0, m_new)', "m_new"),
-        ("s = s * tl.exp(m - shift) + ", "s = s + "),
+        ("s = s * tl.exp2((m - shift) * LOG2E) + ", "s = s + "),
         ("loss = tl.log(s) + (m - z_y)", "loss = tl.log(s) - z_y"),
         ("loss = (1.0 - smoothing) * loss + ", "loss = loss + "),
-        ("(m - total / V))", "(m - total))"),
+        ("(m - tl.sum(total) / V))", "(m - tl.sum(total)))"),
         ("loss += z_loss * lse * lse", "loss += z_loss * lse"),
         ("slope = 1.0 + 2.0 * z_loss * lse", "slope = 1.0 + z_loss * lse"),
         ("tl.where(counts, loss * weight, 0.0)", "loss * weight"),
-        ("tl.where(counts, g * weight, 0.0)", "tl.where(counts, g, 0.0)"),
-        ("off, on = smoothing / V,", "off, on = 0.0,"),
-        ("g *= 1.0 - (z / softcap) * (z / softcap)", "g *= 1.0 - z / softcap"),
+        ("slope / s * weight", "slope / s"),
+        ("off = smoothing / V * weight", "off = 0.0 * weight"),
+        ("weight = tl.where(counts, weight, 0.0)", "weight += 0.0"),
+        ("g *= 1.0 - ratio * ratio", "g *= 1.0 - ratio"),
         ("known = counts & (y >= 0) & (y < V)", "known = counts & (y >= 0)"),
         ("x_ptr += row * x_stride", "x_ptr += row * V"),
         ("factor = tl.load(factor_ptr + row * factor_stride)", "factor = tl.load(factor_ptr)"),
@@ -82,8 +83,8 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
     ("rms_norm.py", "test_rms_norm.py"): [
         ("dx = inv_rms * (g - n * mean)", "dx = inv_rms * g"),
         ("squares += x * x", "squares += x"),
-        ("/ N + eps)  # [ROWS, 1]", "/ N)  # [ROWS, 1]"),
-        ("mean = tl.sum(g * n, 1, keep_dims=True) / N", "mean = tl.sum(g * n, 1, keep_dims=True)"),
+        ("(1.0 / N) + eps)  # [ROWS, 1]", "(1.0 / N))  # [ROWS, 1]"),
+        ("mean = tl.sum(g * n, 1, keep_dims=True) * inv_n", "mean = tl.sum(g * n, 1, keep_dims=True)"),
         ("dw += dy * n", "dw += dy"),
         ("dx += tl.load(dtotal_ptr", "dx = tl.load(dtotal_ptr"),
         ("tl.sum(products) / N)", "tl.sum(products))"),
@@ -133,11 +134,13 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("stop = tl.maximum(tl.minimum(last + ahead + 1,", "stop = tl.maximum(tl.minimum(last + ahead,"),
     ],
     ("_flash_backward.py", "test_flash_attention.py"): [
-        ("ds = p * (dp - delta)", "ds = p * dp"),
-        ("ds *= 1 - ratio * ratio", "ds *= 1 - ratio"),
-        ("k, input_precision=PRECISION) * row.scale", "k, input_precision=PRECISION)"),
+        ("ds = (slope * (dp - delta))", "ds = (slope * dp)"),
+        ("slope = p * (1 - ratio * ratio)", "slope = p * (1 - ratio)"),
         ("(dk * scale).to(", "dk.to("),
         ("(dq * scale).to(", "dq.to("),
+    ],
+    ("flash_attention.py", "test_flash_attention.py"): [
+        ("torch.mul(sums, scale, out=dq)", "dq.copy_(sums)"),
     ],
 }  # fmt: skip
 
