@@ -108,13 +108,14 @@ MAY_IMPORT = {  # package -> third parties and parts of minillm; the longest nam
     "minillm.config": set(),
     "minillm.presets": {"minillm.config"},
     "minillm.cpu": {"torch"},
+    "minillm.tensors": {"torch", "safetensors", "minillm.config"},
     "minillm.ops": {"torch", "minillm.config", "minillm.cpu"},
     "minillm.model": {"torch", "einops", "minillm.config", "minillm.ops"},
     "minillm.data": {"torch", "numpy", "minillm.config"},
     "minillm.evaluation": {"torch", "numpy"},
     "minillm.training": {
         "torch", "numpy", "safetensors", "tqdm", "minillm.config", "minillm.ops", "minillm.model", "minillm.data",
-        "minillm.evaluation", "minillm.peft",
+        "minillm.evaluation", "minillm.peft", "minillm.tensors",
     },
     "minillm.tasks": {
         "torch", "numpy", "minillm.config", "minillm.data", "minillm.evaluation", "minillm.model", "minillm.inference",
