@@ -15,6 +15,7 @@ def test_the_proof_is_of_these_sources():
     assert PROOF.exists(), f"tests/proof.json is missing: {REMEDY}"
     proofs = json.loads(PROOF.read_text(encoding="utf-8"))
     for part in PARTS:
+        assert part in proofs, f"{part}: never proven: {REMEDY}"
         assert proofs[part]["failed"] == 0, (
             f"{part}: proofs failed ({proofs[part]['failures']}): mend them, then {REMEDY}"
         )
