@@ -6,7 +6,7 @@ B batch, T queries, S keys, H query heads, G key/value heads, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from ._flash_backward import by_keys, by_queries
 from ._flash_forward import forward
 from ._flash_tiles import list_tiles
-from ._launch import INTERPRETED, POINTERS, AotCase, architecture, shipped, triton, tuned
+from ._launch import INTERPRETED, POINTERS, AotCase, architecture, common_integers, shipped, triton, tuned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 256  # head width; beyond it, and in fp64, the reference answers
@@ -52,8 +52,8 @@ def check(
         raise ValueError(f"q's {H} heads must be a multiple of k's {G}, and the head width ({D}) at least 1")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k, v must have one floating-point dtype, not {q.dtype}, {k.dtype}, {v.dtype}: cast them")
-    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
-        raise ValueError(f"window is (left, right), each a count of keys >= 0 or None for unlimited, not {window}")
+    if window is not None and not _is_window(window):
+        raise ValueError(f"window is (left, right), each a count of keys >= 0 or None for unlimited, not {window!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, or None for no cap, not {softcap}")
     extra = {"alibi_slopes": (slopes, (H,))} if slopes is not None else {}
@@ -76,6 +76,14 @@ def check(
                 raise ValueError(f"lengths of the {side} must lie in 0 to {longest}, not {x.tolist()}")
 
 
+def _is_window(window: object) -> bool:
+    return (
+        isinstance(window, Sequence)
+        and len(window) == 2
+        and all(side is None or (isinstance(side, int) and side >= 0) for side in window)
+    )
+
+
 def rows(x: Tensor) -> Tensor:
     """x as the kernels can read it: its rows contiguous, and a tile's offsets within int32."""
     return x if x.stride(3) == 1 and x.stride(2) < 2**22 else x.contiguous()
@@ -83,9 +91,7 @@ def rows(x: Tensor) -> Tensor:
 
 def _ids(x: Tensor | None) -> Tensor | None:
     """Ids or lengths as the kernels can read them."""
-    if x is not None and x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations take these
-        x = x.to(torch.int64)
-    return x if x is None else x.contiguous()
+    return None if x is None else common_integers(x).contiguous()
 
 
 class Call:

@@ -7,14 +7,19 @@ import math
 import torch
 from torch import Tensor
 
+from ._launch import common_integers
+
 REDUCTIONS = ("none", "sum", "mean")
 
 
-def check(
-    shape: tuple[int, int], dtype: torch.dtype, targets: Tensor, label_smoothing: float, softcap: float | None,
-    reduction: str,
-) -> None:  # fmt: skip
-    """Raise ValueError where logits of this shape and dtype, labels and options do not make sense together."""
+def checked(
+    shape: tuple[int, int], dtype: torch.dtype, targets: Tensor, ignore_index: int, label_smoothing: float,
+    softcap: float | None, reduction: str,
+) -> Tensor:  # fmt: skip
+    """The targets, in an integer dtype that all operations take.
+
+    Raises ValueError where logits of this shape and dtype, labels and options do not make sense together.
+    """
     if len(shape) != 2 or targets.shape != shape[:1] or not shape[1]:
         raise ValueError(
             f"cross-entropy wants logits [M, V] and targets [M]; it got {list(shape)} and {list(targets.shape)}:"
@@ -28,9 +33,12 @@ def check(
         raise ValueError(f"softcap must be above 0, or None for no cap, not {softcap}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
+    targets = common_integers(targets)
+    _check_labels(targets, shape[1], ignore_index)
+    return targets
 
 
-def check_labels(targets: Tensor, V: int, ignore_index: int) -> None:
+def _check_labels(targets: Tensor, V: int, ignore_index: int) -> None:
     """Raise ValueError naming the first label outside [0, V). On a GPU it would cost a synchronisation: not there."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -60,6 +60,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def common_integers(x: Tensor) -> Tensor:
+    """Ids, labels or lengths in a dtype that PyTorch's operations take: uint16, uint32 and uint64 know few of them."""
+    return x.to(torch.int64) if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+
+
 @cache
 def architecture(device: torch.device) -> str:
     """The key of the tuned tables: 'sm_90', 'gfx942', … or 'cpu' for the interpreter."""

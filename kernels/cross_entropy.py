@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ._flash_tiles import tanh
-from ._labels import check, check_labels
+from ._labels import checked
 from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, triton, tuned
 
 
@@ -46,8 +46,7 @@ def cross_entropy_reference(
     reduction: str = "mean",
 ) -> Tensor:
     """The definition, in at least fp32; in fp64 it is what the tests trust. See `cross_entropy`."""
-    check(logits.shape, logits.dtype, targets, label_smoothing, softcap, reduction)
-    check_labels(targets, logits.shape[1], ignore_index)
+    targets = checked(logits.shape, logits.dtype, targets, ignore_index, label_smoothing, softcap, reduction)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -261,8 +260,7 @@ def cross_entropy(
     if not runs_triton(logits, targets) or logits.dtype == torch.float64:
         names = dict(zip(("label_smoothing", "z_loss", "softcap"), options, strict=True))
         return cross_entropy_reference(logits, targets, ignore_index=ignore_index, reduction=reduction, **names)
-    check(logits.shape, logits.dtype, targets, label_smoothing, softcap, reduction)
-    check_labels(targets, logits.shape[1], ignore_index)
+    targets = checked(logits.shape, logits.dtype, targets, ignore_index, label_smoothing, softcap, reduction)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     weight = torch.ones(1, device=logits.device)
     if reduction != "mean":

@@ -25,7 +25,19 @@ from torch.library import custom_op
 
 from ._flash_launch import WIDEST, Window, check, head_constants, rows
 from ._flash_tiles import in_use, tanh, tile
-from ._launch import POINTERS, AotCase, architecture, jit, multiprocessors, runs_triton, shipped, tl, triton, tuned
+from ._launch import (
+    POINTERS,
+    AotCase,
+    architecture,
+    common_integers,
+    jit,
+    multiprocessors,
+    runs_triton,
+    shipped,
+    tl,
+    triton,
+    tuned,
+)
 from .flash_attention import flash_attention_reference
 
 MOST_SPLITS = 128
@@ -161,9 +173,7 @@ def _op(
     out = q.new_empty(B, H, T, D)
     if out.numel() == 0:
         return out
-    if lengths.dtype in (torch.uint16, torch.uint32, torch.uint64):  # few operations take these
-        lengths = lengths.to(torch.int64)
-    lengths = lengths.contiguous()
+    lengths = common_integers(lengths).contiguous()
     slopes = None if slopes is None else slopes.float().contiguous()
     constants = head_constants(D, q.dtype)
     key = f"d{constants['BLOCK_D']}"

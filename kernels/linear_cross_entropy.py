@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from ._labels import check, check_labels
+from ._labels import checked
 from ._launch import runs_triton
 from .cross_entropy import cross_entropy_reference, launch, scaled
 
@@ -200,9 +200,8 @@ def linear_cross_entropy(
             reduction=reduction,
         )
     _check_linear(hidden, weight, bias)
-    V = weight.shape[0]
-    check((len(hidden), V), hidden.dtype, targets, label_smoothing, softcap, reduction)
-    check_labels(targets, V, ignore_index)
+    shape = (len(hidden), weight.shape[0])
+    targets = checked(shape, hidden.dtype, targets, ignore_index, label_smoothing, softcap, reduction)
     summed = reduction != "none"
     tensors = (hidden, weight, bias)
     wanted = [summed and torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]

@@ -121,11 +121,16 @@ def test_ignore_index_may_be_a_class():
     assert_right("ignore 3", logits, torch.tensor([3, 0, 3, 6, 2]), ignore_index=3)
 
 
-@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=str)
 def test_labels_of_any_integer_type(integer):
     logits, targets = some_logits(5, 11, torch.float32)
     expected = cross_entropy(logits, targets, reduction="none")
     assert torch.equal(cross_entropy(logits, targets.to(integer), reduction="none"), expected)
+    of_reference = cross_entropy_reference(logits, targets, reduction="none")
+    assert torch.equal(cross_entropy_reference(logits, targets.to(integer), reduction="none"), of_reference)
 
 
 def test_strided_expanded_and_unaligned_inputs():

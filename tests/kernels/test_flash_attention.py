@@ -291,7 +291,9 @@ def test_an_expanded_gradient():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint64], ids=str
+)
 def test_ids_and_lengths_of_any_integer_type(dtype):
     q, k, v, _ = tensors(20, 40, 16, (1, 1), FP32)
     ids, lengths = (torch.arange(20) // 8, torch.arange(40) // 16), (torch.tensor([20, 11]), torch.tensor([30, 40]))
@@ -471,6 +473,8 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
         ("one floating-point dtype", (Q, K, K.half()), {}),
         ("window is", (Q, K, K), {"window": (-1, 0)}),
         ("window is", (Q, K, K), {"window": (1, 2, 3)}),
+        ("window is .* not 3", (Q, K, K), {"window": 3}),
+        ("window is .* not \\(1.5, None\\)", (Q, K, K), {"window": (1.5, None)}),
         ("softcap must be above 0", (Q, K, K), {"softcap": 0.0}),
         (r"alibi_slopes must have the shape \[4\]", (Q, K, K), {"alibi_slopes": torch.ones(2)}),
         (r"segments of the keys must have", (Q, K, K), {"segments": (torch.ones(2, 5).long(),) * 2}),

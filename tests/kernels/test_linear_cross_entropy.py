@@ -165,6 +165,14 @@ def test_labels_and_shapes_are_checked():
         linear_cross_entropy(hidden, weight, targets, reduction="avg")
 
 
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int32, torch.uint16, torch.uint64], ids=str)
+def test_labels_of_any_integer_type(integer):
+    hidden, weight, targets = torch.randn(5, 8), torch.randn(11, 8), torch.tensor([3, 0, 10, 6, 2])
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        expected = function(hidden, weight, targets, reduction="none")
+        assert torch.equal(function(hidden, weight, targets.to(integer), reduction="none"), expected)
+
+
 def test_strided_inputs():
     (hidden, weight, bias), targets = inputs(8, 6, 24, torch.float32)
     assert_right("transposed", [hidden.t().contiguous().t(), weight.t().contiguous().t(), bias], targets)
