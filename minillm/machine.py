@@ -20,7 +20,7 @@ from minillm.presets import settings
 from minillm.training.plan import choose_device, choose_dtype, cores, cpu_multiplies_bf16
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
-EXTRAS = {"data": "pyarrow", "log": "tensorboard", "plots": "matplotlib"}
+EXTRAS = {"data": "pyarrow", "log": "tensorboard", "plots": "matplotlib", "hf": "transformers"}
 GIB = 2**30
 
 

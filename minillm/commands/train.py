@@ -82,7 +82,10 @@ def _parse(argv: list[str]) -> Args:
         if given or over.get(length) is not None:  # the preset's own length gives way
             base = {**base, other: None}
             over = {name: value for name, value in over.items() if not (given and name == other)}
-    default = from_dict(Settings, presets.merge(base, over))
+    try:
+        default = from_dict(Settings, presets.merge(base, over))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
     fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(Settings)}
     return tyro.cli(Args, prog="train.py", description=__doc__, default=Args(**fields), args=argv)
 

@@ -76,7 +76,10 @@ def pretrain(work: Pretraining, signals: Signals, *, resume_from: Path | None = 
         if stack is not None:
             stack.checkpoint_activations = settings.train.checkpoint_activations
 
-    loader = Loader(work.shards.train, work.objective, context=settings.model.context, seed=settings.seed)
+    try:
+        loader = Loader(work.shards.train, work.objective, context=settings.model.context, seed=settings.seed)
+    except UserError as error:
+        raise UserError(f"{settings.source}: {error}") from error
     first, rows = team.rows(settings.train.batch)
 
     def batch(step: int) -> Batch:
