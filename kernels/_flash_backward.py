@@ -78,7 +78,9 @@ def _gather(
         ds = (slope * (dp - delta)).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if dq_ptr is not None:
-            if BLOCK_M < BLOCK_D:  # Hopper's matrix unit takes 64 rows or more: the share's, or its transpose's
+            # Hopper's matrix unit takes 64 rows or more: of a low, wide tile those of the transpose. On the tiles of
+            # other chips turning it would spill.
+            if 4 * BLOCK_M <= k.shape[0]:
                 share = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
             else:
                 share = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
