@@ -23,6 +23,7 @@ COMMANDS = {
     "embed": "a vector for each text",
     "generate": "continue a prompt",
     "chat": "talk with a model",
+    "inspect": "the inside of a model on one text, as one page",
     "import": "a model in Hugging Face's format becomes a run folder",
     "export": "a model as a folder that Transformers, or PEFT, opens",
     "plot": "curves of one or more runs",

@@ -122,6 +122,7 @@ MAY_IMPORT = {  # package -> third parties and parts of minillm; the longest nam
         "minillm.training",
     },
     "minillm.inference": {"torch", "minillm.config", "minillm.model"},
+    "minillm.inspection": {"torch", "minillm.config", "minillm.model"},
 }  # fmt: skip
 
 

@@ -1,0 +1,209 @@
+"""What is found inside a model, against what the model itself computes."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minillm.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig, UserError
+from minillm.inspection.attention import attention_maps, attention_weights, stack_of
+from minillm.inspection.measures import gradient_flow, head_ablation, inspect, logit_lens, losses, reading
+from minillm.model.transformer import Transformer
+from minillm.peft.config import MethodConfig
+from minillm.peft.inject import inject
+
+V, MASK = 61, 4
+IDS = [7, 30, 12, 30, 55, 9, 12, 41, 30]
+POST: dict[str, Any] = {"norm": NormConfig(kind="layer", placement="post"), "mlp": MLPConfig(kind="relu")}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no position": {"position": PositionConfig(kind="none")},
+    "learned": {"position": PositionConfig(kind="learned")},
+    "rope": {},
+    "alibi": {"position": PositionConfig(kind="alibi")},
+    "grouped heads, qk-norm": {"kv_heads": 2, "attention": AttentionConfig(qk_norm=True)},
+    "one key head, qk-norm, no rope": {"kv_heads": 1, "attention": AttentionConfig(qk_norm=True),
+                                       "position": PositionConfig(kind="alibi")},
+    "window": {"attention": AttentionConfig(window=3)},
+    "softcap": {"attention": AttentionConfig(softcap=2.0), "softcap": 8.0},
+    "head width of its own, biases": {"head_dim": 12, "attention": AttentionConfig(bias=True)},
+    "post-norm": POST,
+    "encoder": {"shape": "encoder", **POST, "output_transform": True, "output_bias": True, "token_types": 2},
+    "encoder, window": {"shape": "encoder", "attention": AttentionConfig(window=2)},
+}  # fmt: skip
+
+
+def model_of(**options: Any) -> Transformer:
+    """Random weights, large enough for attention that is far from even."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"layers": 3, "heads": 4, "dim": 32, "context": 32, "vocab_size": V, "init_std": 0.3}
+    return Transformer(ModelConfig(**sizes | options)).eval()
+
+
+def reading_of(model: Transformer):
+    return reading(model, IDS, ([2], []), MASK)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_times_values_are_what_the_module_returns(variant: str) -> None:
+    model, text = model_of(**VARIANTS[variant]), torch.tensor([[2, *IDS]])
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def check(module: Any, inputs: Any, output: Tensor) -> None:
+        weights = attention_weights(module, *inputs)
+        values = rearrange(module.v_proj(inputs[0]), "b t (g d) -> b g t d", d=module.head_width)
+        values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
+        seen.append((module._merge_heads(weights @ values), output))
+
+    for block in stack_of(model).blocks:
+        block.attention.register_forward_hook(check)
+    with torch.no_grad():
+        model.states(text)
+    assert len(seen) == 3
+    for ours, output in seen:
+        torch.testing.assert_close(ours, output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["rope", "window", "encoder", "encoder, window"])
+def test_a_map_shows_who_may_see_whom(variant: str) -> None:
+    maps = attention_maps(model_of(**VARIANTS[variant]), torch.tensor([[2, *IDS]]))
+    assert maps.shape == (3, 4, 10, 10)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, 10))
+    distance = torch.arange(10)[:, None] - torch.arange(10)  # [T, S] of the key before the query
+    right = {"rope": 0, "window": 0, "encoder": 9, "encoder, window": 1}[variant]
+    left = {"rope": 9, "window": 2, "encoder": 9, "encoder, window": 1}[variant]
+    assert torch.equal(maps > 0, ((distance <= left) & (distance >= -right)).expand_as(maps))
+
+
+@pytest.mark.parametrize("variant", ["rope", "post-norm", "softcap"])
+def test_a_decoder_is_scored_on_each_next_token(variant: str) -> None:
+    model = model_of(**VARIANTS[variant])
+    read = reading_of(model)
+    with torch.no_grad():
+        logits = model(torch.tensor([[2, *IDS]]))[0, :-1]
+        found = losses(model, read)
+    assert read.scored.tolist() == list(range(1, 10))
+    torch.testing.assert_close(found, -logits.log_softmax(-1)[torch.arange(9), torch.tensor(IDS)])
+
+
+def test_an_encoder_is_scored_on_each_masked_token_and_not_on_its_frame() -> None:
+    model = model_of(**VARIANTS["encoder"])
+    read = reading(model, IDS, ([2], [3]), MASK)
+    with torch.no_grad():
+        found = losses(model, read)
+        for n, token in enumerate(IDS):
+            row = [2, *IDS, 3]
+            row[n + 1] = MASK
+            expected = -model(torch.tensor([row]))[0, n + 1].log_softmax(-1)[token]
+            torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-5)
+    assert read.scored.tolist() == list(range(1, 10))
+
+
+@pytest.mark.parametrize("variant", ["rope", "post-norm", "softcap", "encoder"])
+def test_the_lens_on_the_last_depth_is_the_model(variant: str) -> None:
+    model = model_of(**VARIANTS[variant])
+    read = reading_of(model)
+    lens = list(logit_lens(model, read))
+    with torch.no_grad():
+        states = model.states(read.ids)[read.rows, read.places]
+        assert torch.equal(lens[-1], model.head(states, model.output_weight))
+        torch.testing.assert_close(lens[-1], model(read.ids)[read.rows, read.places], rtol=1e-5, atol=1e-5)
+    assert len(lens) == 4
+    assert all(not torch.allclose(one, other, atol=0.1) for one, other in pairwise(lens))
+
+
+@pytest.mark.parametrize("variant", ["rope", "post-norm"])
+def test_the_lens_on_a_depth_is_the_model_that_ends_there(variant: str) -> None:
+    model = model_of(**VARIANTS[variant])
+    read = reading_of(model)
+    lens = list(logit_lens(model, read))
+    blocks = stack_of(model).blocks
+    for depth in (2, 1, 0):
+        del blocks[depth]
+        with torch.no_grad():
+            torch.testing.assert_close(lens[depth], model(read.ids)[0, :-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["rope", "grouped heads, qk-norm", "head width of its own, biases", "encoder"])
+def test_a_head_is_switched_off_as_by_zero_columns(variant: str) -> None:
+    model = model_of(**VARIANTS[variant])
+    read, D = reading_of(model), model.config.head_width
+    found = head_ablation(model, read)
+    assert found.shape == (3, 4)
+    with torch.no_grad():
+        whole = losses(model, read).mean()
+        for layer, head in ((0, 0), (1, 2), (2, 3)):
+            weight = stack_of(model).blocks[layer].attention.out_proj.weight
+            kept = weight.clone()
+            weight[:, head * D : (head + 1) * D] = 0
+            torch.testing.assert_close(found[layer, head], losses(model, read).mean() - whole, rtol=1e-4, atol=1e-5)
+            weight.copy_(kept)
+        assert float(losses(model, read).mean()) == float(whole)  # nothing of it stays in the model
+    assert found.abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("variant", ["rope", "post-norm", "encoder"])
+def test_gradients_are_those_of_the_loss(variant: str) -> None:
+    """Weights against `backward`; a stream against the slope of the loss where something is added to it by hand."""
+    model = model_of(**VARIANTS[variant]).double()
+    read, stack = reading_of(model), stack_of(model)
+    streams, weights = gradient_flow(model, read)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    losses(model, read).mean().backward()
+    for block, norm in zip(stack.blocks, weights, strict=True):
+        squares = sum(float((parameter.grad**2).sum()) for parameter in block.parameters())
+        assert math.isclose(float(norm), math.sqrt(squares), rel_tol=1e-4)
+
+    last = () if stack.final_norm is None else (stack.final_norm,)
+    for part, norm in zip((*stack.blocks, *last), streams, strict=stack.final_norm is not None):
+        added = torch.zeros(*read.ids.shape, model.config.dim, dtype=torch.float64, requires_grad=True)
+        handle = part.register_forward_pre_hook(lambda _, inputs, more=added: (inputs[0] + more, *inputs[1:]))
+        (gradient,) = torch.autograd.grad(losses(model, read).mean(), added)
+        handle.remove()
+        assert math.isclose(float(norm), float(gradient.norm()), rel_tol=1e-4)
+    assert len(streams) == 4 and float(streams.min()) > 0
+
+
+def test_the_values_fit_each_other() -> None:
+    model, names = model_of(), [f"t{i}" for i in range(V)]
+    found = inspect(model, reading_of(model), names)
+    assert found["tokens"] == ["t2", *(f"t{i}" for i in IDS)]
+    with torch.no_grad():
+        bits = losses(model, reading_of(model)) / math.log(2)
+    assert found["bits"] == pytest.approx(bits.tolist())
+    assert found["mean_bits"] == pytest.approx(float(bits.mean()))
+    assert found["lens"][-1]["mean_bits"] == pytest.approx(found["mean_bits"])
+    with torch.no_grad():
+        shares, likeliest = model(torch.tensor([[2, *IDS]]))[0, :-1].softmax(-1).max(-1)
+    assert found["lens"][-1]["tokens"] == [f"t{i}" for i in likeliest.tolist()]
+    assert found["lens"][-1]["probabilities"] == pytest.approx(shares.tolist(), rel=1e-5)
+    nats = head_ablation(model, reading_of(model))
+    assert found["ablation_bits"][1] == pytest.approx((nats[1] / math.log(2)).tolist())
+
+
+def test_adapters_in_a_model_are_looked_through() -> None:
+    model = inject(model_of(), MethodConfig(method="adapter")).model
+    found = head_ablation(model, reading_of(model))
+    torch.testing.assert_close(found, head_ablation(model_of(), reading_of(model)))  # new ones do nothing yet
+
+
+def test_what_cannot_be_inspected_is_refused() -> None:
+    model = model_of(shape="encoder-decoder")
+    with pytest.raises(UserError, match="an encoder-decoder cannot be inspected"):
+        reading_of(model)
+    model = model_of(shape="encoder")
+    with pytest.raises(UserError, match="has no mask"):
+        reading(model, IDS, ([2], []), None)
+    with pytest.raises(UserError, match="no token of the text can be scored"):
+        reading(model_of(), [7], ([], []), None)
+    model = inject(model_of(), MethodConfig(method="prefix")).model
+    with pytest.raises(UserError, match="prefix or a soft prompt"):
+        reading_of(model)
+    model = model_of()
+    with torch.no_grad():
+        model.embedding.weight[7] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        inspect(model, reading_of(model), [str(i) for i in range(V)])
