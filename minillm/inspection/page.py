@@ -238,8 +238,8 @@ def _gradients(found: dict[str, Any]) -> str:
         "<h2>Gradient flow</h2><p>Norms of the gradient of the mean loss (in nats): at the stream that enters a block, "
         "and of all the block's weights together. Bars of about one length let every block learn at one rate; bars "
         "that shrink towards the first block tell of gradients that vanish (Glorot and Bengio 2010; Xiong et al. "
-        "2020). Norms divide by the size of the stream, so where it is small, as often at the first block, its gradient is "
-        "large.</p>"
+        "2020). Norms divide by the size of the stream, so where it is small, as often at the first block, its "
+        "gradient is large.</p>"
         f'<div class="wide"><table><tr><th></th><th colspan="2">at the input stream</th><th colspan="2">of the weights'
         f"</th></tr>{rows}{end}</table></div>"
     )

@@ -1,0 +1,199 @@
+"""`minillm inspect`: what is printed and written, and what is refused."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokenizer as tokenizers
+from minillm.commands import inspect as command
+from minillm.config import ModelConfig
+from minillm.inspection.page import page, visible
+from minillm.loading import Opened
+from minillm.model.transformer import Transformer
+from tests.finetuning import base, minillm
+from tests.training.running import Result
+
+TEXT = 'the quick brown fox jumps over the lazy dog, <0123456789> & "quotes".\n\t\''
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A tiny model with random weights in the place of MODEL; the test may change its shape."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tokenizers.train([TEXT * 3], type="char", vocab_size=64)
+
+    def make(shape: str = "decoder", **config_json: Any) -> Transformer:
+        torch.manual_seed(0)
+        config = ModelConfig(
+            shape=shape, layers=2, heads=2, dim=16, context=32, vocab_size=tokenizer.vocab_size, init_std=0.3
+        )
+        model = Transformer(config).eval()
+        monkeypatch.setattr(
+            command, "open_model", lambda path, device: Opened(model, tokenizer, Path(path), config_json)
+        )
+        return model
+
+    make()
+    return make
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: Any) -> Result:
+    return minillm(capsys, "inspect", "some-model", "--device", "cpu", *argv)
+
+
+class Text(HTMLParser):
+    """Every tag of a page, and what a reader sees of it."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_page_is_written_once_and_its_path_printed(capsys, tmp_path: Path) -> None:
+    done = run(capsys, "--text", "the quick fox")
+    assert (done.code, done.out, done.err) == (0, "inspect.html\n", "")
+    before = (tmp_path / "inspect.html").read_text(encoding="utf-8")
+    again = run(capsys, "--text", "lazy")
+    assert (again.code, again.out) == (2, "")
+    assert again.err == "error: inspect.html exists already; --overwrite replaces it, or give another --out\n"
+    assert (tmp_path / "inspect.html").read_text(encoding="utf-8") == before
+    assert run(capsys, "--text", "lazy", "--overwrite").out == "inspect.html\n"
+    assert (tmp_path / "inspect.html").read_text(encoding="utf-8") != before
+    assert run(capsys, "--text", "lazy", "--out", "other.html").out == "other.html\n"
+
+
+def test_the_numbers_are_those_of_the_model(capsys, loaded) -> None:
+    model = loaded()
+    done = run(capsys, "--text", "the fox", "--json")
+    found = json.loads(done.out)
+    assert done.code == 0 and not Path("inspect.html").exists()
+    assert found["model"] == "some-model" and found["tokens"] == ["<|document|>", *"the fox"]
+    with torch.no_grad():
+        logits = model(torch.tensor([found["ids"]]))[0, :-1]
+    bits = -logits.log_softmax(-1)[torch.arange(7), torch.tensor(found["ids"][1:])] / torch.tensor(2.0).log()
+    assert found["bits"] == pytest.approx(bits.tolist(), rel=1e-4)
+    assert torch.tensor(found["attention"]).shape == (2, 2, 8, 8)
+    assert torch.tensor(found["ablation_bits"]).shape == (2, 2)
+    assert [len(found["gradient_norms"][part]) for part in ("streams", "weights")] == [3, 2]
+
+
+def test_an_encoder_is_read_too(capsys, loaded) -> None:
+    loaded("encoder")
+    found = json.loads(run(capsys, "--text", "the fox", "--json").out)
+    assert found["shape"] == "encoder" and found["scored"] == [1, 2, 3, 4, 5, 6, 7]
+    assert min(found["attention"][0][0][0]) > 0  # the first token reads the last one
+    assert run(capsys, "--text", "the fox").code == 0
+    assert "each token masked in turn" in Text(Path("inspect.html").read_text(encoding="utf-8")).text
+
+
+def test_tokens_cannot_become_markup(capsys) -> None:
+    """Neither those of the text nor the name of the model; and nothing but the page's own script may run."""
+    found = json.loads(run(capsys, "--text", "the fox", "--json").out)
+    harm = "</div><script>alert('x')</script>\"'&amp;<img src=x onerror=alert(1)>"
+    harmless = Text(page("model", found))
+    found["tokens"][2] = harm
+    found["lens"][1]["tokens"][3] = harm
+    harmed_source = page(harm, found)
+    harmed = Text(harmed_source)
+    assert harmed.tags == harmless.tags and "img" not in harmed.tags and harmed.tags.count("script") == 1
+    assert not any(name.startswith("on") for name, _ in harmed.attributes)
+    # title, heading, the text, the lens's cell and two of its columns
+    assert harmed.text.count(visible(harm)) + harmed.text.count(harm) >= 5
+    assert json.loads(dict(harmed.attributes)["data-tokens"] or "")[2] == visible(harm)
+    policy = next(value for value in map(lambda pair: pair[1] or "", harmed.attributes) if "default-src" in value)
+    script = re.findall(r"<script>(.*?)</script>", harmed_source, re.DOTALL)[-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}';" in policy
+    assert not re.search(r"https?://|url\(|@import", harmed_source)
+
+
+def test_the_page_shows_the_numbers(capsys) -> None:
+    found = json.loads(run(capsys, "--text", "the fox", "--json").out)
+    shown = Text(page("model", found))
+    attributes = dict(shown.attributes)
+    assert f"{found['mean_bits']:.3f} bits a token" in shown.text
+    for layer in found["ablation_bits"]:
+        assert all(f"{change:+.3f}" in shown.text for change in layer)
+    norms = [*found["gradient_norms"]["streams"], *found["gradient_norms"]["weights"]]
+    assert all(f"{norm:.2e}" in shown.text for norm in norms)
+    assert all(f"{depth['mean_bits']:.2f}" in shown.text for depth in found["lens"])
+    weights = torch.tensor(list(base64.b64decode(attributes["data-weights"] or ""))) / 255
+    torch.testing.assert_close(
+        weights.view(2, 2, 8, 8), torch.tensor(found["attention"]), rtol=0, atol=0.5 / 255 + 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"), [(" a\n", "␣a↵"), ("\t", "⇥"), ("\0", "\\x00"), ("\u202e", "\\u202e"), ("é☃", "é☃")]
+)
+def test_what_cannot_be_seen_is_spelled(token: str, shown: str) -> None:
+    assert visible(token) == shown
+
+
+def test_what_is_cut_is_said(capsys) -> None:
+    long = "the quick brown fox jumps over the lazy dog"
+    done = run(capsys, "--text", long, "--max-tokens", "6")
+    assert (done.code, done.err) == (0, "note: --max-tokens leaves room for the first 5 of the text's 43 tokens\n")
+    assert "Only the first 5 of the text's 43 tokens were read" in Path("inspect.html").read_text(encoding="utf-8")
+    done = run(capsys, "--text", long, "--json")
+    assert (done.code, done.err) == (0, "note: the context leaves room for the first 31 of the text's 43 tokens\n")
+    assert json.loads(done.out)["tokens"] == ["<|document|>", *long[:31]]
+
+
+def test_the_first_text_of_a_file(capsys, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n  \nthe fox\nlazy\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "the fox"}\n{"text": "lazy"}\n')
+    for name in ("a.txt", "b.jsonl"):
+        assert json.loads(run(capsys, "--input", name, "--json").out)["tokens"][1:] == list("the fox")
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ([], "either --text TEXT or --input FILE"),
+        (["--text", "a", "--input", "a.txt"], "either --text TEXT or --input FILE"),
+        (["--text", " "], "--text is empty"),
+        (["--text", "☃"], "the text cannot be encoded: character '☃'"),
+        (["--text", "the", "--max-tokens", "1"], "needs 2 or more"),
+        (["--text", "the", "--out", "no/where.html"], "there is no folder no"),
+        (["--text", "the", "--out", "."], "is a folder"),
+        (["--text", "the", "--json", "--out", "a.html"], "--json writes no page"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, argv: list[str], problem: str) -> None:
+    done = run(capsys, *argv)
+    assert (done.code, done.out) == (2, "")
+    assert problem in done.err and done.err.count("\n") == 1
+    assert not list(Path().iterdir())
+
+
+def test_an_encoder_decoder_is_refused(capsys, loaded) -> None:
+    loaded("encoder-decoder")
+    done = run(capsys, "--text", "the fox")
+    assert done.code == 2 and "take a decoder or an encoder" in done.err and not Path("inspect.html").exists()
+
+
+def test_a_run_folder_is_opened(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    run_folder = base(tmp_path / "run")
+    done = minillm(capsys, "inspect", run_folder, "--text", "the fox is over ☃", "--json")
+    found = json.loads(done.out)
+    assert done.code == 0 and "".join(found["tokens"][1:]).startswith("the fox is over ")
+    assert found["tokens"][-3:] == ["\\xe2", "\\x98", "\\x83"]  # the snowman's bytes, each a token
