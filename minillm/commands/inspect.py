@@ -102,12 +102,13 @@ def inspected(opened: Opened, text: str, most: int) -> dict[str, Any]:
     if "head" in opened.config.get("task", {}) and opened.config["task"]["head"] is not None:
         say("note: the losses are those of the language head, not of the task's")
     read = reading(model, ids[:room], (before, behind), tokenizer.mask_id)
-    names = [name_of(tokenizer, i) for i in range(tokenizer.vocab_size)]
-    names += [f"<|row {i}|>" for i in range(len(names), model.embedding.num_embeddings)]  # padding of the matrix
-    return {"text_tokens": len(ids), "read_tokens": min(room, len(ids)), **inspect(model, read, names)}
+    values = inspect(model, read, lambda i: name_of(tokenizer, i))
+    return {"text_tokens": len(ids), "read_tokens": min(room, len(ids)), **values}
 
 
 def name_of(tokenizer: Any, i: int) -> str:
-    """A token's own text; of a special one its name, of part of a character its bytes."""
-    text = tokenizer.token_bytes[i].decode(errors="backslashreplace")
-    return text or tokenizer.pieces[i]
+    """A token's own text; of a special one, or of a part of a character, the tokenizer's name for it."""
+    if i >= tokenizer.vocab_size:  # a row that only fills up the matrix, and that a model may still find likely
+        return f"<|row {i}|>"
+    text = tokenizer.decode([i, i])[len(tokenizer.decode([i])) :]  # some tokenizers drop the space before the first
+    return text if text and "\N{REPLACEMENT CHARACTER}" not in text else tokenizer.pieces[i]

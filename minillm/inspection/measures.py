@@ -6,7 +6,7 @@ mean loss in nats, which training descends. B rows, T tokens, N scored tokens, V
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -162,8 +162,8 @@ def gradient_flow(model: Transformer, read: Reading) -> tuple[Tensor, Tensor]:
     return torch.stack(at_streams), torch.stack(of_blocks)
 
 
-def inspect(model: Transformer, read: Reading, names: Sequence[str]) -> dict[str, Any]:
-    """All of it as plain values, for a page or for a program; `names` [V] are the tokens' texts.
+def inspect(model: Transformer, read: Reading, name: Callable[[int], str]) -> dict[str, Any]:
+    """All of it as plain values, for a page or for a program; `name` gives a token's text.
 
     Raises `UserError` where the loss is not finite.
     """
@@ -177,7 +177,8 @@ def inspect(model: Transformer, read: Reading, names: Sequence[str]) -> dict[str
         lens.append(
             {
                 "mean_bits": float(F.cross_entropy(logits, read.targets) / bit),
-                "tokens": [names[i] for i in likeliest.tolist()],
+                "ids": likeliest.tolist(),
+                "tokens": [name(i) for i in likeliest.tolist()],
                 "probabilities": best.tolist(),
             }
         )
@@ -185,7 +186,7 @@ def inspect(model: Transformer, read: Reading, names: Sequence[str]) -> dict[str
     return {
         "shape": model.config.shape,
         "ids": read.text[0].tolist(),
-        "tokens": [names[i] for i in read.text[0].tolist()],
+        "tokens": [name(i) for i in read.text[0].tolist()],
         "scored": read.scored.tolist(),
         "bits": (whole / bit).tolist(),
         "mean_bits": float(whole.mean() / bit),

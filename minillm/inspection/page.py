@@ -181,7 +181,7 @@ def _lens(found: dict[str, Any]) -> str:
     for n, at in enumerate(found["scored"]):
         cells = [
             f'<td class="token" style="{_shade(depth["probabilities"][n])}" title="{depth["probabilities"][n]:.1%}">'
-            f"{_bold(_token(depth['tokens'][n]), depth['tokens'][n] == tokens[at])}</td>"
+            f"{_bold(_token(depth['tokens'][n]), depth['ids'][n] == found['ids'][at])}</td>"
             for depth in lens
         ]
         reads = f'<td class="token">{_token(tokens[at - 1])}</td>' if decoder else ""

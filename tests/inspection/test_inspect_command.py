@@ -134,6 +134,12 @@ def test_the_page_shows_the_numbers(capsys) -> None:
     norms = [*found["gradient_norms"]["streams"], *found["gradient_norms"]["weights"]]
     assert all(f"{norm:.2e}" in shown.text for norm in norms)
     assert all(f"{depth['mean_bits']:.2f}" in shown.text for depth in found["lens"])
+    for depth in found["lens"]:
+        depth["ids"], depth["tokens"] = [0] * 7, ["x"] * 7
+    assert Text(page("model", found)).tags.count("b") == 0
+    found["lens"][1]["ids"][2:4] = found["ids"][3:5]  # two that are right, and one of the same name that is another
+    found["lens"][2]["tokens"][0] = found["tokens"][1]
+    assert Text(page("model", found)).tags.count("b") == 2
     weights = torch.tensor(list(base64.b64decode(attributes["data-weights"] or ""))) / 255
     torch.testing.assert_close(
         weights.view(2, 2, 8, 8), torch.tensor(found["attention"]), rtol=0, atol=0.5 / 255 + 1e-6
@@ -196,4 +202,16 @@ def test_a_run_folder_is_opened(capsys, tmp_path: Path, monkeypatch: pytest.Monk
     done = minillm(capsys, "inspect", run_folder, "--text", "the fox is over ☃", "--json")
     found = json.loads(done.out)
     assert done.code == 0 and "".join(found["tokens"][1:]).startswith("the fox is over ")
-    assert found["tokens"][-3:] == ["\\xe2", "\\x98", "\\x83"]  # the snowman's bytes, each a token
+    assert found["tokens"][-3:] == ["<0xE2>", "<0x98>", "<0x83>"]  # the snowman's bytes, each a token
+
+
+def test_tokens_of_an_imported_tokenizer_keep_their_spaces() -> None:
+    class Metaspace:
+        """As SentencePiece's in Transformers: the space before a text's first word is not decoded."""
+
+        vocab_size, pieces = 3, ["<s>", "▁the", "fox"]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(("", " the", "fox")[i] for i in ids).removeprefix(" ")
+
+    assert [command.name_of(Metaspace(), i) for i in range(4)] == ["<s>", " the", "fox", "<|row 3|>"]

@@ -168,8 +168,8 @@ def test_gradients_are_those_of_the_loss(variant: str) -> None:
 
 
 def test_the_values_fit_each_other() -> None:
-    model, names = model_of(), [f"t{i}" for i in range(V)]
-    found = inspect(model, reading_of(model), names)
+    model = model_of()
+    found = inspect(model, reading_of(model), lambda i: f"t{i}")
     assert found["tokens"] == ["t2", *(f"t{i}" for i in IDS)]
     with torch.no_grad():
         bits = losses(model, reading_of(model)) / math.log(2)
@@ -178,6 +178,7 @@ def test_the_values_fit_each_other() -> None:
     assert found["lens"][-1]["mean_bits"] == pytest.approx(found["mean_bits"])
     with torch.no_grad():
         shares, likeliest = model(torch.tensor([[2, *IDS]]))[0, :-1].softmax(-1).max(-1)
+    assert found["lens"][-1]["ids"] == likeliest.tolist()
     assert found["lens"][-1]["tokens"] == [f"t{i}" for i in likeliest.tolist()]
     assert found["lens"][-1]["probabilities"] == pytest.approx(shares.tolist(), rel=1e-5)
     nats = head_ablation(model, reading_of(model))
@@ -206,4 +207,4 @@ def test_what_cannot_be_inspected_is_refused() -> None:
     with torch.no_grad():
         model.embedding.weight[7] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        inspect(model, reading_of(model), [str(i) for i in range(V)])
+        inspect(model, reading_of(model), str)
