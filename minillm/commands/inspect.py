@@ -99,8 +99,8 @@ def inspected(opened: Opened, text: str, most: int) -> dict[str, Any]:
     if len(ids) > room:
         limit = "the context" if room + len(before) + len(behind) < most else "--max-tokens"
         say(f"note: {limit} leaves room for the first {room} of the text's {len(ids)} tokens")
-    if "head" in opened.config.get("task", {}) and opened.config["task"]["head"] is not None:
-        say("note: the losses are those of the language head, not of the task's")
+    if opened.config.get("task", {}).get("head"):
+        say("note: the losses are those of the language head, which training for the task did not keep up")
     read = reading(model, ids[:room], (before, behind), tokenizer.mask_id)
     values = inspect(model, read, lambda i: name_of(tokenizer, i))
     return {"text_tokens": len(ids), "read_tokens": min(room, len(ids)), **values}

@@ -163,6 +163,13 @@ def test_what_is_cut_is_said(capsys) -> None:
     assert json.loads(done.out)["tokens"] == ["<|document|>", *long[:31]]
 
 
+def test_a_head_of_a_task_is_not_what_is_read(capsys, loaded) -> None:
+    loaded(task={"name": "classify", "head": {"outputs": 2}})
+    assert run(capsys, "--text", "the fox", "--json").err.startswith("note: the losses are those of the language head")
+    loaded(task={"name": "lm", "head": None})
+    assert run(capsys, "--text", "the fox", "--json").err == ""
+
+
 def test_the_first_text_of_a_file(capsys, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n  \nthe fox\nlazy\n")
     (tmp_path / "b.jsonl").write_text('{"text": "the fox"}\n{"text": "lazy"}\n')
