@@ -144,8 +144,8 @@ def _text(found: dict[str, Any]) -> str:
         for i, token in enumerate(found["tokens"])
     )
     return (
-        "<h2>The loss of each token</h2><p>The stronger the shade, the more bits it took to say this token: −log₂ of the "
-        f"probability that the model gave it (Shannon 1951). The strongest took {most:.1f}. The pointer on "
+        "<h2>The loss of each token</h2><p>The stronger the shade, the more bits it took to say this token: −log₂ of "
+        f"the probability that the model gave it (Shannon 1951). The strongest took {most:.1f}. The pointer on "
         "a token shows its own.</p>"
         f'<p class="text">{"".join(spans)}</p>'
     )
@@ -193,8 +193,8 @@ def _lens(found: dict[str, Any]) -> str:
     return (
         "<h2>Logit lens</h2><p>What the model would say if it ended at that depth: the last norm and the output matrix "
         "on the stream there (nostalgebraist 2020, “interpreting GPT: the logit lens”). In each cell the likeliest "
-        "token, its shade the stronger the surer, bold where it is the one that was to be said. The first row is the loss by "
-        f'depth, in bits a token.</p><div class="wide"><table>'
+        "token, its shade the stronger the surer, bold where it is the one that was to be said. The first row is the "
+        f'loss by depth, in bits a token.</p><div class="wide"><table>'
         f"<tr>{before}{names}<th>to be said</th></tr><tr>{loss}{bits}<td></td></tr>"
         f"{''.join(rows)}</table></div>"
     )

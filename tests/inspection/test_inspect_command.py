@@ -27,7 +27,9 @@ TEXT = 'the quick brown fox jumps over the lazy dog, <0123456789> & "quotes".\n\
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A tiny model with random weights in the place of MODEL; the test may change its shape."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = tokenizers.train([TEXT * 3], type="char", vocab_size=64)
+    tokenizer: Any = tokenizers.train([TEXT * 3], type="char", vocab_size=64)
+    # The template of an imported tokenizer; ours has none.
+    tokenizer.wrap = lambda text: [tokenizer.pad_id, *tokenizer.encode(text), tokenizer.end_id, tokenizer.end_id]
 
     def make(shape: str = "decoder", **config_json: Any) -> Transformer:
         torch.manual_seed(0)
@@ -101,6 +103,13 @@ def test_an_encoder_is_read_too(capsys, loaded) -> None:
     assert min(found["attention"][0][0][0]) > 0  # the first token reads the last one
     assert run(capsys, "--text", "the fox").code == 0
     assert "each token masked in turn" in Text(Path("inspect.html").read_text(encoding="utf-8")).text
+
+
+def test_an_imported_encoder_reads_between_its_own_special_tokens(capsys, loaded) -> None:
+    loaded("encoder", imported={"start": None})
+    found = json.loads(run(capsys, "--text", "the quick brown fox", "--max-tokens", "10", "--json").out)
+    assert found["tokens"] == ["<|pad|>", *"the qui", "<|end|>", "<|end|>"]
+    assert found["scored"] == list(range(1, 8))
 
 
 def test_tokens_cannot_become_markup(capsys) -> None:
