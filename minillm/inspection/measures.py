@@ -121,7 +121,7 @@ def head_ablation(model: Transformer, read: Reading) -> Tensor:
     changes = []
     for block in stack_of(model).blocks:
         for head in range(model.config.heads):
-            with silenced(block.attention.out_proj, slice(head * D, (head + 1) * D)):
+            with silenced(block.get_submodule("attention.out_proj"), slice(head * D, (head + 1) * D)):
                 changes.append(losses(model, read).mean() - whole)
     return torch.stack(changes).view(-1, model.config.heads)
 
