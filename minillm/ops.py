@@ -68,6 +68,13 @@ def _triton(x: Tensor) -> bool:
     return _choice == "triton" or (_choice == "auto" and x.is_cuda and _triton_is_installed())
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> x weightᵀ + bias [..., N]; PyTorch's own product on either side."""
+    if cpu.multiplies_few(x, weight):
+        return cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minillm import ops
 from minillm.config import ModelConfig
 from minillm.model.cache import KVCache
+from minillm.model.linear import Linear
 
 
 @dataclass
@@ -58,10 +59,10 @@ class Attention(nn.Module):
         self.window, self.softcap = config.attention.window, config.attention.softcap
         width, kv_width = config.heads * config.head_width, config.key_value_heads * config.head_width
         bias = config.attention.bias
-        self.q_proj = nn.Linear(config.dim, width, bias=bias)
-        self.k_proj = nn.Linear(config.dim, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.dim, kv_width, bias=bias)
-        self.out_proj = nn.Linear(width, config.dim, bias=bias)
+        self.q_proj = Linear(config.dim, width, bias=bias)
+        self.k_proj = Linear(config.dim, kv_width, bias=bias)
+        self.v_proj = Linear(config.dim, kv_width, bias=bias)
+        self.out_proj = Linear(width, config.dim, bias=bias)
         qk_norm = config.attention.qk_norm
         self.q_norm = HeadNorm(config.head_width, config.norm.eps) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(config.head_width, config.norm.eps) if qk_norm else nn.Identity()

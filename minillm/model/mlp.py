@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from minillm import ops
 from minillm.config import ModelConfig
+from minillm.model.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -25,8 +26,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.mlp.kind]
-        self.up_proj = nn.Linear(config.dim, config.mlp_width, bias=config.mlp.bias)
-        self.down_proj = nn.Linear(config.mlp_width, config.dim, bias=config.mlp.bias)
+        self.up_proj = Linear(config.dim, config.mlp_width, bias=config.mlp.bias)
+        self.down_proj = Linear(config.mlp_width, config.dim, bias=config.mlp.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
@@ -38,9 +39,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.combine = GATES[config.mlp.kind]
-        self.gate_proj = nn.Linear(config.dim, config.mlp_width, bias=config.mlp.bias)
-        self.up_proj = nn.Linear(config.dim, config.mlp_width, bias=config.mlp.bias)
-        self.down_proj = nn.Linear(config.mlp_width, config.dim, bias=config.mlp.bias)
+        self.gate_proj = Linear(config.dim, config.mlp_width, bias=config.mlp.bias)
+        self.up_proj = Linear(config.dim, config.mlp_width, bias=config.mlp.bias)
+        self.down_proj = Linear(config.mlp_width, config.dim, bias=config.mlp.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.combine(self.gate_proj(x), self.up_proj(x)))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
+from minillm.model.linear import Linear
 
 _MULTIPLIER, _MODULUS = 1_000_003, 2**31 - 1  # their product stays below 2⁶³: no overflow, the same row everywhere
 
@@ -45,7 +46,7 @@ class NgramEmbedding(nn.Module):
         sizes = config.speedrun
         self.rows, self.back, self.left_out = sizes.ngram_rows, sizes.ngrams - 1, sizes.ngram_dropout
         self.tables = nn.ModuleList(nn.Embedding(sizes.ngram_rows, sizes.ngram_dim) for _ in range(self.back))
-        self.project = nn.Linear(self.back * sizes.ngram_dim, config.dim, bias=False)
+        self.project = Linear(self.back * sizes.ngram_dim, config.dim, bias=False)
 
     def forward(self, ids: Tensor, before: Tensor) -> Tensor:
         """ids [B, T], before [ngrams - 1, B, T] as `tokens_before` gives it -> [B, T, dim]"""

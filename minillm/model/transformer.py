@@ -10,15 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minillm import ops
 from minillm.config import ModelConfig, UserError
 from minillm.model.attention import View
 from minillm.model.block import PostNormBlock, PreNormBlock
 from minillm.model.cache import KVCache
 from minillm.model.initialize import initialize
+from minillm.model.linear import Linear
 from minillm.model.mlp import ACTIVATIONS
 from minillm.model.norm import build_norm
 from minillm.model.position import build_position, document_positions
@@ -114,7 +115,7 @@ class Head(nn.Module):
         super().__init__()
         assert config.vocab_size is not None  # Transformer has asked
         self.softcap = config.softcap
-        self.dense = nn.Linear(config.dim, config.dim) if config.output_transform else None
+        self.dense = Linear(config.dim, config.dim) if config.output_transform else None
         if config.output_transform:
             self.activation = ACTIVATIONS[config.mlp.kind]
             self.norm = build_norm(config.dim, config.norm)
@@ -126,7 +127,7 @@ class Head(nn.Module):
         return x if self.dense is None else self.norm(self.activation(self.dense(x)))
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(self.transform(x), weight, self.bias)
+        logits = ops.linear(self.transform(x), weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
