@@ -10,9 +10,10 @@ M tokens, N features, V classes, C tokens of a chunk. With z the softcapped logi
     loss = s − (1 − ε) z_y − ε/V Σ z + ζ s²          ε label smoothing, ζ z-loss
     ∂loss/∂z = softmax(z) (1 + 2 ζ s) − (1 − ε) 1_y − ε/V,   and through z = c·tanh(x/c):  ∂z/∂x = 1 − (z/c)²
 
-A step of generation multiplies every weight with few rows. MKL does such a product in one thread, and on AMD's processors
-far below the memory's rate; a batch of two products, half of the weights each, is done in both threads, and faster in each
-([1, 768] · [768, 50257] in fp32 on two cores of a Zen 5: 3.6 to 5.6 ms against 9.7; eight rows: 11 against 17).
+A step of generation multiplies every weight with few rows. MKL does such a product in one thread, and on AMD's
+processors far below the memory's rate; a batch of two products, half of the weights each, is done in both threads, and
+faster in each ([1, 768] · [768, 50257] in fp32 on two cores of a Zen 5: 3.6 to 5.6 ms against 9.7; eight rows: 11
+against 17).
 
 In bf16, attention over few keys is two matrix products and a softmax: these run in bf16 instructions, which SDPA's CPU
 kernel does not use for its own products (forward and backward of 4,096 tokens, 4 heads of 64, one core of a Zen 5:

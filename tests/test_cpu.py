@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from minillm import cpu, ops
+from minillm.config import ModelConfig
+from minillm.model.transformer import Transformer
 
 OPTIONS = list(itertools.product((False, True), (0.0, 0.1), (0.0, 1e-2), (None, 5.0)))
 
@@ -92,3 +94,46 @@ def test_attention_in_bf16_and_its_gradients_are_close_to_fp64(case):
     for right, usual, mine in zip(truth, sdpa, ours, strict=True):
         assert (mine - right).norm() <= 2.5 * (usual - right).norm()
         assert (mine - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("N", [2, 3, 64, 65])
+@pytest.mark.parametrize("rows", [(1, 1), (1,), (3, 1), (2, 2), (5, 1), (1, 32)])
+def test_few_rows_are_multiplied_in_halves(rows, N, bias):
+    x, weight, b = torch.randn(*rows, 48), torch.randn(N, 48), torch.randn(N) if bias else None
+    with torch.no_grad():
+        assert cpu.multiplies_few(x, weight) == torch.backends.mkl.is_available()
+        ours = cpu.linear(x, weight, b)
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert ours.shape == (*rows, N) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL's products are slow with few rows")
+def test_what_is_no_step_of_generation_is_one_product():
+    x, weight = torch.randn(2, 1, 48), torch.randn(10, 48)
+    assert not cpu.multiplies_few(x, weight), "a gradient may be wanted"
+    with torch.no_grad():
+        assert cpu.multiplies_few(x, weight)
+        assert not cpu.multiplies_few(torch.randn(33, 48), weight)
+        assert not cpu.multiplies_few(x[:0], weight)
+        assert not cpu.multiplies_few(x.bfloat16(), weight.bfloat16())
+        assert not cpu.multiplies_few(x, weight.t().contiguous().t())
+        assert not cpu.multiplies_few(x, weight[:1])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not cpu.multiplies_few(x, weight)
+
+
+def test_the_models_linear_layers_go_through_the_door(monkeypatch):
+    """Each of a block, and the output matrix: else a step of generation would be slow without a word."""
+    seen = []
+    real = cpu.linear
+    monkeypatch.setattr(cpu, "multiplies_few", lambda x, weight: x.shape[:-1].numel() <= 32)
+    monkeypatch.setattr(
+        cpu, "linear", lambda x, weight, bias: seen.append(tuple(weight.shape)) or real(x, weight, bias)
+    )
+    model = Transformer(ModelConfig(layers=1, heads=2, dim=16, context=8, vocab_size=29, kv_heads=1))
+    with torch.no_grad():
+        logits = model(torch.tensor([[3]]))
+    block = [(16, 16), (8, 16), (8, 16), (16, 16), *[(hidden := model.config.mlp_width, 16)] * 2, (16, hidden)]
+    assert sorted(seen) == sorted([*block, (29, 16)]) and logits.shape == (1, 1, 29)
