@@ -235,5 +235,5 @@ def test_refuses_what_does_not_fit(arguments: dict, message: str) -> None:
 def test_rows_are_loaded_once(ptx: Callable[..., str]) -> None:
     """The source loads x in every loop; where one chunk holds the row, the first load's registers are kept."""
     loads = re.findall(r"ld\.global\S*\.v4", ptx("kernels.layer_norm", "sm_90", "layer_norm_forward/n1024/bfloat16"))
-    # 4 rows of 1024 bf16, 16 bytes at a time by 128 threads: 4 of x, 4 of the residual, 1 of weight and bias each.
-    assert len(loads) == 10
+    # 4 rows of 1024 bf16, 16 bytes at a time by 128 threads: 4 of x, 4 of the residual, 2 of weight and of bias (fp32).
+    assert len(loads) == 12
