@@ -28,6 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": {"qk_norm": True},
     },
 }
+KERNELS = {
+    **{name: [name] for name in ("flash_attention", "layer_norm", "rms_norm", "rope", "linear_cross_entropy")},
+    "swiglu": ["swiglu", "geglu"],
+}
 
 
 @pytest.fixture
@@ -35,16 +39,17 @@ def called(monkeypatch) -> dict[str, list[dict[str, Any]]]:
     """Kernels by name, with the options of each call; their references answer."""
     calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
-    def kernel(file: str, name: str) -> Any:
-        answer = getattr(importlib.import_module(f"kernels.{file}"), f"{name}_reference")
-
+    def recording(name: str, answer: Any) -> Any:
         def record(*args: Any, **options: Any) -> Any:
             calls[name].append(options)
             return answer(*args, **options)
 
         return record
 
-    monkeypatch.setattr(ops, "_kernel", kernel)
+    for file, names in KERNELS.items():
+        module = importlib.import_module(f"kernels.{file}")
+        for name in names:
+            monkeypatch.setattr(module, name, recording(name, getattr(module, f"{name}_reference")))
     monkeypatch.setattr(ops, "_choice", "triton")
     return calls
 

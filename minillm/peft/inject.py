@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config import UserError
+from minillm.model.linear import Linear
 from minillm.model.transformer import Front, Transformer
 from minillm.peft.adalora import Allocator, SvdLinear
 from minillm.peft.adapter import ENDS, AdapterLinear
@@ -194,7 +195,7 @@ def _put_fronts(transformer: Transformer, config: MethodConfig) -> None:
 
 def _plain(old: nn.Linear, weight: nn.Parameter) -> nn.Linear:
     """A linear layer of this weight and the bias of `old`."""
-    linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+    linear = Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     linear.weight, linear.bias = weight, old.bias
     return linear
 

@@ -6,8 +6,10 @@ model still fits, and putting the old layer back is all that removing takes.
 
 from torch import Tensor, nn
 
+from minillm.model.linear import Linear
 
-class GrownLinear(nn.Linear):
+
+class GrownLinear(Linear):
     """y = W x + b, with the very parameters of `linear`, and parameters of its own."""
 
     own: tuple[str, ...]
