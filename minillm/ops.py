@@ -174,17 +174,8 @@ def attention(
         from kernels.flash_attention import flash_attention, flash_attention_reference
 
         kernel = flash_attention if _triton(q) else flash_attention_reference
-        return kernel(
-            q,
-            k,
-            v,
-            causal=causal,
-            window=sides,
-            softcap=softcap,
-            alibi_slopes=slopes,
-            segments=segments,
-            lengths=lengths,
-        )
+        options: dict[str, Any] = dict(softcap=softcap, alibi_slopes=slopes, segments=segments, lengths=lengths)
+        return kernel(q, k, v, causal=causal, window=sides, **options)
     T, S = q.shape[2], k.shape[2]
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

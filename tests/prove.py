@@ -34,7 +34,7 @@ PARTS: dict[str, dict[str, list[str]]] = {
         "tests": ["tests/test_hostile.py", "tests/interop", "tests/tokenizer"],
         "covers": [
             *("tokenizer", "minillm/loading.py", "minillm/interop", "minillm/tasks", "minillm/config"),
-            *("tests/test_hostile.py", "tests/interop", "tests/tokenizer"),
+            *("tests/test_hostile.py", "tests/nests.py", "tests/interop", "tests/tokenizer"),
         ],
     },
     "training": {

@@ -1,6 +1,5 @@
 """Folders that somebody made to do harm: every loader refuses them in one line and runs nothing."""
 
-import copy
 import json
 import random
 import shutil
@@ -20,6 +19,7 @@ from minillm.tensors import load_tensors
 from minillm.training import checkpoint, manifest
 from tests.finetuning import base, lines, minillm, records
 from tests.interop.theirs import make, save
+from tests.nests import mutated, places
 
 TASKS = ("classify", "regress", "tag", "span-qa", "chat", "preference")
 
@@ -144,34 +144,6 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def places(value, before=()):
-    """The way to every entry of a nest; of a list the first few."""
-    found = []
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value[:5]):
-        found.append((*before, key))
-        if isinstance(inner, dict | list):
-            found += places(inner, (*before, key))
-    return found
-
-
-def mutated(draw, original, ways):
-    """One or two entries replaced by something else, or gone."""
-    values = copy.deepcopy(original)
-    for _ in range(draw.randint(1, 2)):
-        *way, last = draw.choice(ways)
-        inside = values
-        try:
-            for step in way:
-                inside = inside[step]
-            if draw.randrange(5):
-                inside[last] = copy.deepcopy(draw.choice(HOSTILE))
-            else:
-                del inside[last]
-        except (KeyError, IndexError, TypeError):  # an earlier change took that place away
-            pass
-    return values
-
-
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory):
     """A checkpoint of each of some tasks."""
@@ -194,14 +166,14 @@ def test_settings_that_fit_their_hash_and_make_no_sense(finetuned, tmp_path, cou
     draw, refused = random.Random(count), 0
     originals = {task: checkpoint.load_config(folder) for task, folder in finetuned.items()}
     ways = {
-        task: [way for way in places(config) if way[0] in ("task", "method") or way[:2] == ("settings", "model")]
+        task: [way for way in places(config, 5) if way[0] in ("task", "method") or way[:2] == ("settings", "model")]
         for task, config in originals.items()
     }
     for task, folder in finetuned.items():
         shutil.copytree(folder, tmp_path / task)
     for n in range(count):
         task = TASKS[n % len(TASKS)]
-        (tmp_path / task / "config.json").write_text(json.dumps(mutated(draw, originals[task], ways[task])))
+        (tmp_path / task / "config.json").write_text(json.dumps(mutated(draw, originals[task], ways[task], HOSTILE, 2)))
         rehash(tmp_path / task)
         begun = time.process_time()
         try:

@@ -82,12 +82,10 @@ class Alibi(Position):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.heads = config.heads
-        self.known = torch.empty(0)
+        self.known: Tensor | None = None
 
     def slopes(self, device: torch.device) -> Tensor:
-        if self.known.device != device or not len(
-            self.known
-        ):  # once: the host may not copy while a GPU's step is recorded
+        if self.known is None or self.known.device != device:  # once: no copy from the host in a recorded step
             self.known = torch.tensor(alibi_slopes(self.heads), device=device)
         return self.known
 

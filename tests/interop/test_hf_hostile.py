@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from minillm.config import UserError
 from minillm.interop.hf import build, read_hf
 from tests.interop.test_hf_tokenizer import MAKERS
 from tests.interop.theirs import make, save
+
+ROOT = Path(__file__).parents[2]
 
 FAMILIES = [
     ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaForCausalLM"), ("qwen3", "Qwen3ForCausalLM"),
@@ -73,36 +76,19 @@ def test_endless_nesting_is_damage(folders, depth):
 
 # Loads and uses mutants of tokenizer.json in a process of its own: the library can end the one that it is in.
 CHILD = """
-import copy, json, os, random, sys
+import json, random, sys
 from pathlib import Path
 from minillm.config import UserError
 from minillm.interop.hf_tokenizer import HFTokenizer
+from tests.nests import mutated, places
 HOSTILE = [None, True, -1, 0, 1, 2**31, 2**63, 1e308, "", "x", "\\0", [], {}, [1], {"type": "BPE"}, {"type": "nope"},
            "<s>", [["a", "b"]], -5.5, "<0x41>", 10**30]
-def places(value, before=()):
-    found = []
-    for key, inner in value.items() if isinstance(value, dict) else list(enumerate(value))[:40]:
-        found.append((*before, key))
-        if isinstance(inner, dict | list):
-            found += places(inner, (*before, key))
-    return found
 folders, count = sorted(path for path in Path(sys.argv[1]).iterdir()), int(sys.argv[2])
 originals = [json.loads((folder / "tokenizer.json").read_text()) for folder in folders]
-ways, report = [places(original) for original in originals], {"opened": 0, "refused": 0, "trouble": []}
+ways, report = [places(original, 40) for original in originals], {"opened": 0, "refused": 0, "trouble": []}
 for n in range(count):
-    draw, folder, values = random.Random(n), folders[n % 3], copy.deepcopy(originals[n % 3])
-    for _ in range(draw.randint(1, 3)):
-        *way, last = draw.choice(ways[n % 3])
-        inside = values
-        try:
-            for step in way:
-                inside = inside[step]
-            if draw.randrange(4):
-                inside[last] = copy.deepcopy(draw.choice(HOSTILE))
-            else:
-                del inside[last]
-        except (KeyError, IndexError, TypeError):
-            pass
+    folder = folders[n % 3]
+    values = mutated(random.Random(n), originals[n % 3], ways[n % 3], HOSTILE, 3)
     (folder / "tokenizer.json").write_text(json.dumps(values))
     try:
         tokenizer = HFTokenizer.load(folder)
@@ -126,7 +112,7 @@ def test_a_hostile_tokenizer_is_opened_or_refused(tmp_path, count):
     for name, maker in MAKERS.items():
         maker().save(tmp_path / name)
         (tmp_path / name / "roles.json").unlink()
-    done = subprocess.run([sys.executable, "-c", CHILD, tmp_path, str(count)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CHILD, tmp_path, str(count)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, f"ended by {done.returncode}: {done.stderr[-2000:]}"
     report = json.loads(done.stdout)
     assert report["trouble"] == []
