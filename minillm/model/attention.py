@@ -49,12 +49,11 @@ class Attention(nn.Module):
 
     Args:
         layer: index of the block, under which its keys stand in a cache.
-        causal: a token sees itself and what stands before it.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, *, causal: bool):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.causal = layer, causal
+        self.layer = layer
         self.head_width, self.eps = config.head_width, config.norm.eps
         self.window, self.softcap = config.attention.window, config.attention.softcap
         width, kv_width = config.heads * config.head_width, config.key_value_heads * config.head_width
@@ -81,6 +80,15 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    """
+    Args:
+        causal: a token sees itself and what stands before it.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, causal: bool):
+        super().__init__(config, layer)
+        self.causal = causal
+
     def forward(self, x: Tensor, view: View) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]"""
         q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))

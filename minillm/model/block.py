@@ -20,7 +20,7 @@ class _Block(nn.Module):
         self.attention_norm = build_norm(config.dim, config.norm)
         self.attention = SelfAttention(config, layer, causal=causal)
         self.cross_norm = build_norm(config.dim, config.norm) if cross else None
-        self.cross_attention = CrossAttention(config, layer, causal=False) if cross else None
+        self.cross_attention = CrossAttention(config, layer) if cross else None
         self.mlp_norm = build_norm(config.dim, config.norm)
         self.mlp = build_mlp(config)
         self.dropout = nn.Dropout(config.dropout)

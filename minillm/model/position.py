@@ -59,7 +59,7 @@ class Rope(Position):
         self.head_width, self.config = config.head_width, config.position
 
     def rotation(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        angle = at.unsqueeze(-1).float() * rope_frequencies(self.head_width, self.config, at.device)
+        angle = at.unsqueeze(-1) * rope_frequencies(self.head_width, self.config, at.device)
         return angle.cos(), angle.sin()
 
 

@@ -11,7 +11,7 @@ from minillm.config import ModelConfig
 
 _STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
 _BLOCK = re.compile(r"\.blocks\.(\d+)\.")
-_BEFORE = re.compile(r"(?:^|\.)(?:(?:type_|source_)?embedding|embedding_norm|front)\.")
+_BEFORE = re.compile(r"(?:^|\.)(?:(?:type_|source_|ngram_)?embedding|embedding_norm|front)\.")
 
 
 def stack_layers(config: ModelConfig, stack: str | None) -> int:

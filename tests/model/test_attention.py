@@ -35,7 +35,7 @@ def test_self_attention_equals_nn_multihead_attention(bias: bool, causal: bool) 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_cross_attention_equals_nn_multihead_attention(bias: bool) -> None:
-    attention = CrossAttention(small(attention={"bias": bias}), 0, causal=False)
+    attention = CrossAttention(small(attention={"bias": bias}), 0)
     reference, x, memory = torchs(attention, 4, bias=bias), torch.randn(3, 7, 16), torch.randn(3, 5, 16)
     padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, -1, -1, -1, -1]])
     expected, _ = reference(x, memory, memory, key_padding_mask=padding < 0, need_weights=False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, UserError
 from minillm.model.heads import HeadConfig, TaskModel, pooled_head
 from tests.model.configs import build, small
 
@@ -48,9 +48,10 @@ def test_padding_changes_nothing(side: str, shape: str, head: str) -> None:
         torch.testing.assert_close(actual, alone, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("T", [1, 5])
 @torch.no_grad()
-def test_each_head_by_hand() -> None:
-    ids = torch.randint(29, (1, 5))
+def test_each_head_by_hand(T: int) -> None:
+    ids = torch.randint(29, (1, T))
     for name, config in HEADS.items():
         model = model_of("encoder", config)
         states = model.transformer.states(ids)[0]  # [T, dim]
@@ -74,6 +75,21 @@ def test_which_head_a_shape_gets() -> None:
     assert of("encoder", None) == of("encoder-decoder", None) == ("mean", False, True)
     assert of("encoder", "pooler") == ("cls", True, True)
     assert of("decoder", "mean") == ("mean", False, True)
+
+
+def test_a_new_head_begins_small() -> None:
+    model = TaskModel(build(small(dim=64, init_std=0.1)), HEADS["pooler"])
+    assert model.pooler is not None
+    for layer in (model.pooler, model.task_head):
+        assert layer.weight.std().item() == pytest.approx(0.1, rel=0.2) and not layer.bias.any()
+    assert model.threshold.isnan().all()
+
+
+@pytest.mark.parametrize(("name", "value"), [("outputs", 0), ("dropout", 1.0), ("dropout", -0.1)])
+def test_impossible_heads_are_refused(name: str, value: float) -> None:
+    assert HeadConfig(outputs=1, dropout=0.0).pool is None
+    with pytest.raises(UserError, match=f"task.head.{name} must be"):
+        HeadConfig(**{"outputs": 1, name: value})
 
 
 def test_a_pooler_that_came_with_the_model_is_taken_over() -> None:

@@ -29,6 +29,8 @@ def test_sinusoids_follow_the_formula() -> None:
     naive = Naive({}, config)
     exact = torch.stack([naive.waves(place) for place in range(512)])
     torch.testing.assert_close(table.double(), exact, atol=6e-5, rtol=0)
+    half = build_position(config).add(torch.zeros(1, 512, 64, dtype=torch.bfloat16), torch.arange(512))[0]
+    assert torch.equal(half, table.bfloat16())
 
 
 def test_llama3_scaling_keeps_short_wavelengths_and_slows_long_ones() -> None:
@@ -50,6 +52,9 @@ def test_alibi_slopes_are_the_published_ones() -> None:
     assert alibi_slopes(1) == [2**-8]
     first_of_16 = [2 ** (-0.5 * (i + 1)) for i in range(16)]
     assert alibi_slopes(12) == pytest.approx([2**-i for i in range(1, 9)] + first_of_16[0:8:2])
+    position = build_position(small(position={"kind": "alibi"}))
+    for device in ("cpu", "meta"):  # a model that has moved takes its slopes along
+        assert position.slopes(torch.device(device)).device.type == device
 
 
 @pytest.mark.parametrize("kind", ["rope", "alibi"])

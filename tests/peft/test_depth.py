@@ -41,14 +41,17 @@ def test_each_stack_of_an_encoder_decoder_counts_for_itself() -> None:
 
 
 def test_every_parameter_of_a_model_has_its_place() -> None:
-    model = Transformer(small(token_types=2, position={"kind": "learned"}, norm={"embedding": True}, tied=False))
+    ngrams = {"ngrams": 3, "ngram_rows": 64, "ngram_dim": 4}
+    norm, position = {"embedding": True}, {"kind": "learned"}
+    model = Transformer(small(token_types=2, position=position, norm=norm, tied=False, speedrun=ngrams))
     inject(model, MethodConfig(method="prompt", length=2))
     places: dict[int, set[str]] = {}
     for name, _ in model.named_parameters():
         places.setdefault(depth(name, model.config)[0], set()).add(".".join(name.split(".")[:3]))
     assert places[0] == {
         "embedding.weight", "type_embedding.weight", "decoder.position.embedding", "decoder.embedding_norm.weight",
-        "decoder.front.prompt",
+        "decoder.front.prompt", "ngram_embedding.tables.0", "ngram_embedding.tables.1",
+        "ngram_embedding.project.weight",
     }  # fmt: skip
     assert places[1] == {"decoder.blocks.0"} and places[2] == {"decoder.blocks.1"}
     assert places[3] == {"decoder.final_norm.weight", "head.weight"}
