@@ -7,6 +7,7 @@ first-loss    its loss before the first update (of the validation; where the pla
 no-learning   its best validation never came below what counting single tokens gives (where there is no such
               baseline: below 90 % of ln V)
 nonfinite     a loss or gradient was NaN or infinite
+spikes        steps were passed over (train.skip_spikes), or gradients far larger than usual ended it
 masked-out    a stretch of training, or a validation, had no target that counted
 dead-layer    the last gradient of a part of the model was zero, or under 1 % of its hidden units ever fired
 diverging     validation ended more than 2 % above its best, and training did not go on falling either
@@ -160,6 +161,18 @@ def _nonfinite(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, s
     return []
 
 
+def _spikes(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
+    found = [line for line in metrics if line.get("event") in ("skipped", "spikes")]
+    if not found:
+        return []
+    steps = ", ".join(str(line.get("step")) for line in found[:8]) + (", …" if len(found) > 8 else "")
+    ended = "the last of them ended the run" if found[-1]["event"] == "spikes" else "all of them were passed over"
+    share = len(found) / max(1, max(line.get("step", 0) for line in metrics))
+    cure = "look at what was read there; a lower --optim.lr or a longer --optim.warmup makes them rarer"
+    what = f"{len(found)} steps ({share:.2%}) met a loss or gradient that was not finite or far larger than usual"
+    return [("spikes", f"{what}: {steps}; {ended}: {cure}")]
+
+
 def _masked_out(config: Mapping[str, Any], metrics: Metrics) -> list[tuple[str, str]]:
     empty = [line for line in metrics if "split" in line and line.get("targets") == 0]
     if not empty:
@@ -273,6 +286,7 @@ def _text(line: Mapping[str, Any]) -> str:
 
 CHECKS: tuple[Callable[[Mapping[str, Any], Metrics], list[tuple[str, str]]], ...] = (
     _nonfinite,
+    _spikes,
     _masked_out,
     _first_loss,
     _dead_layers,

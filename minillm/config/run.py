@@ -1,6 +1,5 @@
 """One run's settings: tokenizer, data, optimizer, loop, and what they add up to."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,7 +83,7 @@ class OptimConfig:
         check_types(self, "optim.")
         for name in ("lr", "embedding_lr", "muon_lr", "eps"):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"optim.{name} must be positive, not {value}")
+            require(value is None or value > 0, f"optim.{name} must be positive, not {value}")
         for name in ("weight_decay", "l1", "l2"):
             require(getattr(self, name) >= 0, f"optim.{name} must not be negative, not {getattr(self, name)}")
         for name in ("beta1", "beta2", "momentum"):
@@ -112,6 +111,9 @@ class TrainConfig:
     """Checkpoints that stay: the newest ones; the best one stays too."""
     patience: int | None = None
     """Early stopping: end after so many validations without a better loss, and restore the best."""
+    skip_spikes: int | None = None
+    """So many steps in a row, at most, are passed over whose loss or gradient is not finite, or whose gradient is far
+    larger than usual (see training/guard.py); one more ends the run. None: the first that is not finite ends it."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     """Adds z_loss · log²Z of the softmax's denominator Z (PaLM)."""
@@ -137,7 +139,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train.")
-        for name in ("batch", "micro_batch", "eval_every", "save_every", "log_every", "keep", "patience", "threads"):
+        counts = ("batch", "micro_batch", "eval_every", "save_every", "log_every", "keep", "patience", "skip_spikes")
+        for name in (*counts, "threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name} must be at least 1, not {value}")
         require(self.shard_ranks is None or self.shard_ranks >= 1, "train.shard_ranks must be at least 1")
@@ -183,7 +186,7 @@ class Settings:
         check_types(self)
         require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
-        require(self.minutes is None or 0 < self.minutes < math.inf, f"minutes must be positive, not {self.minutes}")
+        require(self.minutes is None or self.minutes > 0, f"minutes must be positive, not {self.minutes}")
         fits = {"decoder": "next-token", "encoder": "masked", "encoder-decoder": "span"}[self.model.shape]
         require(
             self.data.objective in (None, fits),

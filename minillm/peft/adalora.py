@@ -68,7 +68,8 @@ class Allocator:
 
         allocator.begin(steps)                      # once, before the first step
         … backward, unscale …
-        allocator.before_step()                     # adds the regulariser's gradient, measures importance
+        allocator.regularise()                      # adds the regulariser's gradient
+        allocator.measure()                         # measures importance; not for a step that is not taken
         optimizer.step()
         allocator.after_step(step)                  # step = how many optimizer steps are done, this one included
 
@@ -93,19 +94,30 @@ class Allocator:
         return {name: int(layer.kept.sum()) for name, layer in self.layers.items()}
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """With all gradients in place: adds that of the regulariser, then measures |w · gradient|."""
-        for name, layer in self.layers.items():
+    def regularise(self) -> None:
+        """With all gradients of the loss in place: adds that of the regulariser."""
+        for layer in self._taking_part().values():
             P, Q = layer.lora_B, layer.lora_A
-            if P.grad is None or Q.grad is None or layer.lora_E.grad is None:
-                continue  # the layer took no part in this step
             P.grad += 4 * self.config.orthogonality * P @ _off_orthogonal(P.T)  # ∂‖PᵀP − I‖² = 4 P (PᵀP − I)
             Q.grad += 4 * self.config.orthogonality * _off_orthogonal(Q) @ Q
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measures |w · gradient|."""
+        for name, layer in self._taking_part().items():
             for own, weight in layer.named_parameters(recurse=False):
                 if own in SvdLinear.own:
-                    self._measure(f"{name}.{own}", (weight * weight.grad).abs())
+                    self._follow(f"{name}.{own}", (weight * weight.grad).abs())
 
-    def _measure(self, name: str, now: Tensor) -> None:
+    def _taking_part(self) -> dict[str, SvdLinear]:
+        """The layers that this step gave a gradient."""
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if all(x.grad is not None for x in (layer.lora_A, layer.lora_E, layer.lora_B))
+        }
+
+    def _follow(self, name: str, now: Tensor) -> None:
         smooth = self.sensitivity.get(name, torch.zeros_like(now)).lerp(now, 1 - BETA)
         doubt = self.uncertainty.get(name, torch.zeros_like(now)).lerp((now - smooth).abs(), 1 - BETA)
         self.sensitivity[name], self.uncertainty[name] = smooth, doubt

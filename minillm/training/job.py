@@ -1,7 +1,7 @@
 """What is handed to the loop and what comes back: a job, how far it has come, how it ended."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +17,15 @@ from minillm.training.profile import Profile
 
 
 class TrainingFailed(Exception):
-    """A step met NaN or Inf; the weights are those before it."""
+    """A step met NaN, Inf or one spike too many; the weights are those before it."""
 
 
 class Allocator(Protocol):
     """What moves ranks around each optimizer step (minillm/peft/adalora.py)."""
 
-    def before_step(self) -> None: ...
+    def regularise(self) -> None: ...
+
+    def measure(self) -> None: ...
 
     def after_step(self, step: int) -> None: ...
 
@@ -93,6 +95,10 @@ class Progress:
     targets: int = 0
     line_tokens: int = 0
     line_seconds: float = 0.0
+    skipped: int = 0
+    """Steps in a row, up to the last one, that moved nothing (see guard.py)."""
+    norms: list[float] = field(default_factory=list)
+    """Of the gradients of the last steps that were taken, oldest first; kept with train.skip_spikes."""
 
     def advance(self, *, tokens: int, loss_sum: float, targets: int) -> None:
         """A step is done; `loss_sum` is over its targets."""

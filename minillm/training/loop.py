@@ -5,7 +5,6 @@ a checkpoint. What the loop knows besides weights and optimizer stands in `Progr
 a run that is killed and resumed writes the same numbers as one that was not.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from minillm.data.batch import Batch
 from minillm.training import checkpoint, memory, snapshot
-from minillm.training.job import Job, Outcome, Progress, TrainingFailed
+from minillm.training.guard import Guard
+from minillm.training.job import Job, Outcome, Progress
 from minillm.training.monitor import Monitor
 from minillm.training.objectives import Evaluation, evaluate
 from minillm.training.optim import add_penalties, gradient_norm, set_learning_rate
@@ -33,6 +33,7 @@ class Loop:
         self.weights = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.weights.values())
         self.precision, self.team = autocast(job.plan.device, job.plan.dtype), job.team
+        self.guard = Guard(job, monitor, progress, scaler)
         # One that was saved before its validation ended is saved again after it, with what the validation found.
         self.saved: int | None = progress.step if progress.step and progress.chores_done else None
         self.random = snapshot.random_state()  # after the last finished step
@@ -100,7 +101,7 @@ class Loop:
         return batch, counted, total
 
     def _update(self, batch: Batch, counted: int, total: Tensor) -> None:
-        """Penalties, clip, step. Raises `TrainingFailed`, before a weight moves, where loss or gradient is not finite.
+        """Penalties, clip, step; nothing moves where the guard does not let the step through, or raises.
 
         Args:
             counted: targets of all ranks.
@@ -111,39 +112,34 @@ class Loop:
             self.scaler.unscale_(optimizer)
         add_penalties(job.model, job.settings.optim)
         if job.allocator is not None:
-            job.allocator.before_step()
+            job.allocator.regularise()
         norm = gradient_norm(self.parameters)
+        self.norm = norm.item()
         mean = self.team.total(total.item()) / max(1, counted)
-        # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale. Where
-        # that does not help any more, they are infinite by themselves.
-        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not math.isfinite(mean) or not (scaling or norm.isfinite()):
-            self._fail("gradient" if math.isfinite(mean) else "loss", batch)
+        if self.guard.lets_through(mean, self.norm, batch):
+            self._move(norm)
+        else:
+            mean, counted = 0.0, 0  # the log speaks of the steps that were taken
+        progress.advance(tokens=self.team.size * batch.ids.numel(), loss_sum=mean * counted, targets=counted)
+        self.random = snapshot.random_state()
+
+    def _move(self, norm: Tensor) -> None:
+        """Moves the weights, and AdaLoRA's ranks, by the gradient, whose norm is `norm`."""
+        job = self.job
+        if job.allocator is not None and norm.isfinite():  # the scaler's own skip leaves nothing to measure
+            job.allocator.measure()
         if job.settings.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, job.settings.optim.clip, norm)
         for optimizer in job.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         if job.allocator is not None:
-            job.allocator.after_step(progress.step + 1)
-
-        self.norm = norm.item()
-        progress.advance(tokens=self.team.size * batch.ids.numel(), loss_sum=mean * counted, targets=counted)
-        self.random = snapshot.random_state()
-
-    def _fail(self, what: str, batch: Batch) -> None:
-        with self.precision():
-            layer, samples = self.team.locate(self.job.model, batch, self.job.objective)
-        step = self.progress.step + 1
-        self.monitor.event("nonfinite", step=step, what=what, layer=layer, samples=samples)
-        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        raise TrainingFailed(
-            f"step {step}: the {what} is not finite, first at {layer}, samples {shown}; the weights are unchanged. "
-            f"Lower --optim.lr, or look closer with: minillm doctor {self.job.run}"
-        )
+            job.allocator.after_step(self.progress.step + 1)
 
     def _log(self) -> None:
         progress, seconds = self.progress, self.monitor.seconds
+        if progress.skipped and not progress.targets:
+            return  # none of these steps was taken: there is no loss to speak of
         loss = progress.loss_sum / max(1, progress.targets)
         self.monitor.line(
             "train",

@@ -195,7 +195,8 @@ def cut_metrics(run: Path, step: int, *, chores_done: bool) -> None:
             return True
         if event.get("event") == "end" or event.get("step", 0) > step:
             return False
-        return event.get("step") != step or event.get("split") == "train" or chores_done
+        of_the_step = event.get("split") == "train" or event.get("event") == "skipped"
+        return event.get("step") != step or of_the_step or chores_done
 
     kept = [json.dumps(event, ensure_ascii=False) + "\n" for event in read_metrics(run) if stays(event)]
     temporary = run / "metrics.tmp"

@@ -44,7 +44,7 @@ def scores(metrics: Sequence[Mapping[str, Any]]) -> Scores:
 
 def verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences on how the run ended, how good it is, and whether it memorises; at least one."""
-    sentences = _how_it_ended(config, metrics)
+    sentences = _how_it_ended(config, metrics) + _skipped(metrics)
     result = scores(metrics)
     if not result.validation:
         return [*sentences, "The model was not validated yet, so there is nothing to compare."]
@@ -78,6 +78,12 @@ def _how_it_ended(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
             f"Training broke down at step {last['step']:,}: the {last['what']} was not a finite number, first in "
             f"{last['layer']}. The weights before that step are kept; a lower --optim.lr is the usual cure."
         ]
+    if last.get("event") == "spikes":
+        return [
+            f"Training broke down at step {last['step']:,}: the gradient's norm was {number(last['grad_norm'])} where "
+            f"{number(last['usual'])} is usual, after {last['skipped']} steps in a row had been passed over. "
+            "The weights before them are kept; a lower --optim.lr is the usual cure."
+        ]
     if last.get("event") == "end" and last.get("reason") == "early stop":
         return [f"Early stopping ended it at step {last['step']:,}{of_all}: the validation no longer improved."]
     if last.get("event") == "end" and last.get("reason") == "signal":
@@ -86,6 +92,15 @@ def _how_it_ended(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
         reached = max((line["step"] for line in metrics if "step" in line), default=0)
         return [f"It has not ended: {reached:,}{of_all} steps are recorded."]
     return []
+
+
+def _skipped(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    steps = [f"{line['step']:,}" for line in metrics if line.get("event") == "skipped"]
+    if not steps:
+        return []
+    shown = _listed(steps[:6]) if len(steps) <= 6 else ", ".join(steps[:6]) + ", …"
+    which = f"Step {shown} was" if len(steps) == 1 else f"{len(steps)} steps ({shown}) were"
+    return [f"{which} passed over, and moved nothing: a loss or gradient not finite, or far larger than usual."]
 
 
 def _against_baselines(best: float, baselines: Mapping[str, float]) -> list[str]:
@@ -136,12 +151,13 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
     settings, plan = config.get("settings") or {}, config.get("plan") or {}
     folder = shlex.quote(str(run))
     last = metrics[-1] if metrics else {}
-    if last.get("event") == "nonfinite" and config.get("task"):
+    broken = last.get("event") in ("nonfinite", "spikes")
+    if broken and config.get("task"):
         return [
             (f"minillm doctor {folder}", "names what is wrong, and where"),
             (f"minillm plot {folder}", "the curves up to the break"),
         ]
-    if last.get("event") == "nonfinite":
+    if broken:
         return [
             (f"minillm doctor {folder}", "names what is wrong, and where"),
             (_train(config, lr=0.3), "the same run with a third of the learning rate"),

@@ -33,7 +33,8 @@ def step(adapted: Adapted, optimizer: torch.optim.Optimizer, ids: Tensor, target
     optimizer.zero_grad()
     loss = torch.nn.functional.cross_entropy(adapted.model(ids).flatten(0, 1), targets.flatten())
     loss.backward()
-    adapted.allocator.before_step()
+    adapted.allocator.regularise()
+    adapted.allocator.measure()
     optimizer.step()
     adapted.allocator.after_step(number)
     return loss.item()
@@ -76,7 +77,8 @@ def test_the_most_important_triplets_stay() -> None:
     for number in range(1, 7):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(adapted.model(ids).flatten(0, 1), targets.flatten()).backward()
-        allocator.before_step()
+        allocator.regularise()
+        allocator.measure()
         for name, layer in allocator.layers.items():
             for own in ("lora_A", "lora_E", "lora_B"):
                 weight, key = getattr(layer, own), f"{name}.{own}"
@@ -108,7 +110,7 @@ def test_the_regulariser_pulls_towards_orthogonal_rows_and_columns() -> None:
     expected = P.grad.clone(), Q.grad.clone()
     for parameter in (P, Q, layer.lora_E):
         parameter.grad = torch.zeros_like(parameter)
-    Allocator(layers, MethodConfig(method="adalora", orthogonality=0.3)).before_step()
+    Allocator(layers, MethodConfig(method="adalora", orthogonality=0.3)).regularise()
     torch.testing.assert_close((P.grad, Q.grad), expected, atol=1e-12, rtol=0)
 
 

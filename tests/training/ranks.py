@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from minillm.cli import run as command
 from minillm.data.batch import Batch
-from minillm.training import checkpoint, parts, shelf, snapshot
+from minillm.training import checkpoint, guard, parts, shelf, snapshot
 from minillm.training.distributed import Alone, join, whole
 from minillm.training.job import Job, TrainingFailed
 from minillm.training.loop import train
@@ -265,6 +265,34 @@ def poisoned(rank: int, run: Path, sample: int, values: dict[str, Any]) -> tuple
         with pytest.raises(TrainingFailed) as failed:
             train(replace(work, objective=objective), Signals())
         return str(failed.value), {name: whole(x) for name, x in work.model.state_dict().items()}
+
+
+def passing_over(
+    rank: int, run: Path, faults: dict[int, float], values: dict[str, Any]
+) -> tuple[list[int], dict[str, Tensor]]:
+    """Trains with the loss of rank 1's rows multiplied in some steps (from 1); the steps that moved nothing, and the
+    weights in the end. Four norms are enough to tell a spike; to rank 0 no norm seems unusual."""
+    guard.FEWEST = 4
+    if rank == 0:
+        guard.highest_usual = lambda norms: math.inf
+    with join() as team:
+        work = spread_job(team, run, **values)
+        stood: list[int] = []
+        before: list[Tensor] = []
+
+        def objective(model: nn.Module, batch: Batch) -> Tensor:
+            step = batch.samples[0] // work.settings.train.batch + 1
+            return work.objective(model, batch) * (faults.get(step, 1.0) if rank == 1 else 1.0)
+
+        def batch(step: int) -> Batch:
+            now = whole(next(work.model.parameters())).detach().clone()
+            if before and torch.equal(before.pop(), now):
+                stood.append(step)
+            before.append(now)
+            return work.batch(step)
+
+        train(replace(work, objective=objective, batch=batch, score=work.objective), Signals())
+        return stood, {name: whole(x).detach().clone() for name, x in work.model.state_dict().items()}
 
 
 def _raise() -> None:
