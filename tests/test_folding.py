@@ -61,7 +61,7 @@ def test_equal_inputs_are_on_one_side_where_enough_of_them_differ() -> None:
     few = divide(task, examples(task, [{"text": f"t {n % 6}", "label": "ab"[n % 2]} for n in range(60)]), seed=1)
     assert len(few.val) == 6
     assert list(remarks(task, few)) == [
-        "6 of 6 validation examples stand in the training data too: their figures flatter"
+        "warning: 6 of 6 validation examples stand in the training data too: their figures flatter"
     ]
 
 
@@ -75,8 +75,9 @@ def test_a_label_that_one_example_has_is_learnt_and_said_to_be_unmeasured(lists:
         task.fit(parts.train)
         assert set(task.labels.names) == set(names)
     told = list(remarks(task, parts))
-    assert told[0].startswith("no validation example has rare0, rare1, rare10") and " and 4 more: nothing" in told[0]
-    assert told[1].startswith("no held-out example has rare0")
+    assert told[0].startswith("note: no validation example has rare0, rare1, rare10")
+    assert " and 4 more: nothing" in told[0]
+    assert told[1].startswith("note: no test example has rare0")
 
 
 def test_tags_that_one_sentence_has_are_learnt() -> None:

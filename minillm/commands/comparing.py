@@ -39,7 +39,8 @@ def table(results: dict[str, dict[str, Any]], judged: str) -> list[str]:
 
 
 def _lines(state: State) -> list[str]:
-    note = "On validation data, at each method's best step; peak memory is that of the method's own process."
+    where = next(iter(state["results"].values())).get("scored_on", {}).get("words", "on validation data")
+    note = f"Measured {where}, at each method's best step; peak memory is that of the method's own process."
     return [*table(state["results"], TASKS[state["task"]]().judged), "", note]
 
 

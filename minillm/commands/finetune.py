@@ -47,6 +47,8 @@ class Args:
     classes, of which one is rare. lm: text, as for training."""
     val: str | None = None
     """File of validation examples. None: a seeded tenth of the data is held out."""
+    test: str | None = None
+    """File of examples that neither training nor early stopping nor thresholds see: scored once, at the end."""
     method: Method | Literal["all"] = "full"
     """Which weights move; all: every method in turn, the same model from scratch, and a table."""
     from_scratch: bool = False
@@ -144,6 +146,8 @@ def _method(args: Args) -> MethodConfig:
 
 def _several(args: Args) -> Series | None:
     """What takes more than one run. Raises `UserError` for options that contradict each other."""
+    if args.test is not None and (args.folds is not None or args.fold is not None):
+        raise UserError("--test goes without --folds and --fold: each fold holds out test examples of its own")
     if args.folds is not None:
         if args.method == "all" or args.fold is not None:
             raise UserError("--folds goes with one --method, and without --fold")
@@ -169,7 +173,7 @@ def _check(args: Args) -> None:
 
 def _options(args: Args) -> dict[str, Any]:
     """What config.json keeps for the task, and a resumed run reads again."""
-    names = ("beta", "balance", "pool", "threshold", "epochs", "layer_decay", "val", "replay", "l2_start")
+    names = ("beta", "balance", "pool", "threshold", "epochs", "layer_decay", "val", "test", "replay", "l2_start")
     options = {name: getattr(args, name) for name in (*names, "from_scratch")}
     weigh = {"auto": False if args.balance else None, "on": True, "off": False}[args.class_weights]
     return options | {"class_weights": weigh, "fold": parse_fold(args.fold)}

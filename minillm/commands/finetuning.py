@@ -69,27 +69,34 @@ def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str
     task = _task(section["name"], options)
     task.check(shape)
     val = None if options["val"] is None else examples_of(task, options["val"])
+    test = () if options.get("test") is None else examples_of(task, options["test"])
     examples, fold = examples_of(task, settings.source), options.get("fold")
-    parts = divide(task, examples, seed=settings.seed, val=val, fold=fold and (fold["number"], fold["of"]))
+    parts = divide(task, examples, seed=settings.seed, val=val, test=test, fold=fold and (fold["number"], fold["of"]))
     task.fit(parts.train)  # what is held out has no say in what labels there are, how often, or on which scale
-    digest = data_hash((parts.train, parts.val, parts.test))
-    known = config.get("corpus", {}).get("hash")
-    if known not in (None, digest):
-        raise UserError(f"the examples of {settings.source} have changed since the run began; start a new one")
+    corpus = {"source": settings.source, "documents": len(examples) + len(val or ()) + len(test)}
+    corpus |= {"split": "by seed" if options["val"] is None else options["val"]}
+    corpus |= {"hash": data_hash((parts.train, parts.val, () if test else parts.test))}
+    corpus |= {"test": {"source": options["test"], "examples": len(test), "hash": data_hash([test])}} if test else {}
+    _require_unchanged(config.get("corpus", {}), corpus)
     head = task.head(shape, options["pool"] or ("pooler" if opened.pooler else None))
     section.update(info=task.info(), head=None if head is None else asdict(head))
-    split = "by seed" if options["val"] is None else options["val"]
-    corpus = {"source": settings.source, "hash": digest, "documents": len(examples) + len(val or ()), "split": split}
     config["corpus"] = config.get("corpus", {}) | corpus | {"tokenizer": opened.tokenizer.hash}
     means = replace(means_of(opened.tokenizer, shape, method), start=opened.start, frame=opened.frame)
     if section["name"] == "seq2seq" and any(means.frame):  # what it has learnt to read and write between
         section.update(start=means.start, frame=means.frame)
     old = None if options.get("from_scratch") else old_text(opened, means)  # what was never learnt is not forgotten
     for remark in remarks(task, parts):
-        say(f"note: {remark}")
+        say(remark)
     pooler = None if options.get("from_scratch") else opened.pooler
     found = {"base": opened.transformer, "task": task, "means": means, "head": head, "pooler": pooler, "old": old}
     return found | {"parts": parts, "replay": options["replay"], "l2_start": options["l2_start"]}
+
+
+def _require_unchanged(known: dict[str, Any], corpus: dict[str, Any]) -> None:
+    """Raises `UserError` where the examples that a run began with, as config.json's `corpus`, were other ones."""
+    for before, now in ((known, corpus), (known.get("test", {}), corpus.get("test", {}))):
+        if now and before.get("hash") not in (None, now["hash"]):
+            raise UserError(f"the examples of {now['source']} have changed since the run began; start a new one")
 
 
 def run_prepared(prepared, settings: Settings, run: Path, config, trackers, signals: Signals, *, resume_from) -> int:
@@ -125,9 +132,10 @@ def run_prepared(prepared, settings: Settings, run: Path, config, trackers, sign
     except TrainingFailed as failure:
         print(f"error: {failure}\nreport: {write_report(run)}", file=sys.stderr)
         return 1
-    report = write_report(run)
-    if done.outcome.code == 0:
-        _conclude(run, config, done, report, whole=resume_from is None)
+    if done.outcome.code:
+        write_report(run)
+    else:
+        _conclude(run, config, done, whole=resume_from is None)
     return done.outcome.code
 
 
@@ -138,9 +146,11 @@ def _tell_weights(task: Any) -> None:
         say(f"weights   classes are unbalanced, so they count: {shown} (--class-weights off to switch off)")
 
 
-def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, whole: bool) -> None:
-    """The result on stdout and in result.json, and what to do next; `whole`: this process ran it from the start."""
+def _conclude(run: Path, config: dict[str, Any], done: Any, *, whole: bool) -> None:
+    """The result on stdout, in the report and in result.json, and what to do next; `whole`: this process ran it from
+    the start."""
     from minillm.machine import peak_bytes
+    from minillm.training.report import write_report
     from minillm.training.run import read_metrics, write_json
 
     progress = done.outcome.progress
@@ -153,16 +163,34 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, report: Path, *, who
         "cpu_seconds": time.process_time() if whole else None,
     }  # fmt: skip
     result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
+    result["scored_on"] = scored_on = _scored_on(config)
+    figures, verdict = shown_metrics(done.metrics), sentence(result["against"])
+    numbers = shown_metrics({name: value for name, value in done.metrics.items() if name != "confusion"})
+    shown = ", ".join(" ".join(line.split()) for line in numbers).replace("_", " ")
+    if "test" in config["corpus"] and (run / "result.json").exists():
+        say("note: the test examples were scored before: who goes on until they please has chosen by them")
+    report = write_report(run, [f"With its best weights, {scored_on['words']}: {shown}.", verdict])
     write_json(run / "result.json", result)
-    fold = config["task"]["options"].get("fold")
-    where = "on validation data" if fold is None else f"on fold {fold['number']} of {fold['of']}, which was held out"
-    print(f"{done.outcome.reason} after {progress.step:,} steps, best at step {progress.best_step:,}; {where}:")
-    print("\n".join(shown_metrics(done.metrics)))
-    print(sentence(result["against"]))
+    best = f"best at step {progress.best_step:,}"
+    print(f"{done.outcome.reason} after {progress.step:,} steps, {best}; {scored_on['words']}:")
+    print("\n".join(figures))
+    print(verdict)
     name = config["task"]["name"]
     use = {"chat": "chat", "preference": "chat", "lm": "generate"}.get(name, "predict")
     more = {"generate": ' --prompt "…"', "predict": " --input FILE"}.get(use, "")
     print(f"\nreport: {report}\n\nnext:\n  minillm {use} {run}{more}\n  minillm evaluate {run} --data FILE")
+
+
+def _scored_on(config: dict[str, Any]) -> dict[str, Any]:
+    """What the figures of a finished run are of."""
+    fold, test = config["task"]["options"].get("fold"), config["corpus"].get("test")
+    if fold is not None:
+        words = f"on fold {fold['number']} of {fold['of']}, which was held out"
+        return {"part": "fold", **fold, "words": words}
+    if test is None:
+        return {"part": "validation", "words": "on validation data"}
+    words = f"on the {test['examples']:,} test examples of {test['source']}, which nothing was chosen by"
+    return {"part": "test", "source": test["source"], "examples": test["examples"], "words": words}
 
 
 def last_result(run: Path) -> dict[str, Any]:

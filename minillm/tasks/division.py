@@ -1,6 +1,7 @@
 """Which examples are trained on, which choose the best weights, and which only score what came out.
 
-    no fold        train | val            val is a seeded tenth, or a file
+    as it is       train | val            val is a seeded tenth, or a file
+    a test file    train | val | test     test is that file
     fold k of K    train | val | test     test is a K-th that no choice has seen; the rest is divided as without folds
 
 Early stopping takes the best of several models and thresholds are tuned, both on val: its figures flatter a little.
@@ -22,7 +23,7 @@ class Division:
     train: Sequence[Any]
     val: Sequence[Any]
     test: Sequence[Any] = ()
-    """Empty without folds."""
+    """Empty without folds and without a file of it."""
 
 
 def divide(
@@ -31,40 +32,43 @@ def divide(
     *,
     seed: int,
     val: Sequence[Any] | None = None,
+    test: Sequence[Any] = (),
     fold: tuple[int, int] | None = None,
 ) -> Division:
     """The examples in their parts.
 
     Args:
         val: validation examples; None: some of `examples`.
+        test: test examples, where no fold gives them.
         fold: (k, K), k from 1.
 
     Raises:
-        UserError: too few examples, or one of `val` with a label that training lacks (with its place).
+        UserError: too few examples, or one of `val` or `test` with a label that training lacks (with its place).
     """
-    test: Sequence[Any] = ()
+    named = (*(val or ()), *test)
     if fold is not None:
+        assert not test
         examples, test = task.folds(examples, fold[1], seed)[fold[0] - 1]
-    if val is None:
-        train, val = task.hold_out(examples, SHARE, seed)
-        return Division(train, val, test)
-    known = _names(task, examples)
-    for example in val:
+    train, val = (examples, val) if val is not None else task.hold_out(examples, SHARE, seed)
+    known = _names(task, train)
+    for example in named:
         for name in sorted(set(task.names(example)) - known):
             example.record.fail(f"the label {name!r} never occurs in the training data; mend it, or add examples of it")
-    return Division(examples, val, test)
+    return Division(train, val, test)
 
 
 def remarks(task: Task, parts: Division) -> Iterator[str]:
     """What a reader of the figures should know: what was learnt by heart, and what nothing measures."""
     seen = {task.given(example) for example in parts.train}
-    for part, name in ((parts.val, "validation"), (parts.test, "held-out")):
+    for part, name, where in ((parts.val, "validation", "training"), (parts.test, "test", "training or validation")):
         if again := sum(task.given(example) in seen for example in part):
-            yield f"{again} of {len(part)} {name} examples stand in the training data too: their figures flatter"
+            shown = f"{again:,} of {len(part):,} {name} examples stand in the {where} data too"
+            yield f"warning: {shown}: their figures flatter"
+        seen |= {task.given(example) for example in part}
         missing = sorted(_names(task, parts.train) - _names(task, part))
         if part and missing:
             shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            yield f"no {name} example has {shown}: nothing measures how that is learnt"
+            yield f"note: no {name} example has {shown}: nothing measures how that is learnt"
 
 
 def _names(task: Task, examples: Collection[Any]) -> set[str]:

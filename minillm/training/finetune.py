@@ -58,7 +58,7 @@ class Finetuning:
     head: HeadConfig | None
     method: MethodConfig
     parts: Any
-    """The examples as a minillm.tasks.division.Division: train, val and, where a fold is held out, test."""
+    """The examples as a minillm.tasks.division.Division: train, val and, where any are held out for the end, test."""
     config: dict[str, Any]
     """config.json as far as it is known; the plan is added."""
     epochs: float
@@ -88,7 +88,7 @@ class Finetuned:
     outcome: Outcome
     adapted: Adapted
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Of the best model on the examples that a fold holds out, else on the validation data; empty where stopped."""
+    """Of the best model on the test examples where there are any, else on the validation data; empty where stopped."""
 
     @property
     def model(self) -> nn.Module:
@@ -123,12 +123,19 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
             stack.checkpoint_activations = settings.train.checkpoint_activations
 
     data, held_out = task.data(work.parts.train, means), task.data(work.parts.val, means)
+    scored = task.data(work.parts.test, means) if work.parts.test else held_out  # what is wrong is said before training
     check_rows(settings.source, data, settings.train.batch)
-    _tell(work, adapted, data, held_out)
+    _tell(work, adapted, data, held_out, scored)
     batch = _batches(work, data)
     objective = _objective(work, model, start)
     plan = _plan(work, model, device, batch, objective, len(held_out), signals, start)
-    _write_baseline(work)
+
+    def loss() -> float:
+        rows = (part.to(device) for part in _in_order(scored))
+        precision = autocast(plan.device, plan.dtype)
+        return evaluate(model, rows, precision, signals.poll, task.score(start), task.count).loss
+
+    _write_baseline(work, loss)
 
     def metrics(model: nn.Module) -> dict[str, float]:
         return task.tuned_metrics(model, held_out, means, start)
@@ -158,11 +165,7 @@ def finetune(work: Finetuning, signals: Signals, *, resume_from: Path | None = N
     )
     result = Finetuned(train(job, signals, log=work.log, resume_from=resume_from), adapted)
     if result.outcome.code == 0:
-        scored = task.data(work.parts.test, means) if work.parts.test else held_out
-        rows = (part.to(device) for part in _in_order(scored))
-        precision = autocast(plan.device, plan.dtype)
-        loss = evaluate(model, rows, precision, signals.poll, task.score(start), task.count).loss
-        result.metrics = {"loss": loss, **task.final_metrics(model, scored, means, start)}
+        result.metrics = {"loss": loss(), **task.final_metrics(model, scored, means, start)}
         if work.old is not None:
             forgotten = work.old.loss(model, signals.poll, nullcontext)
             result.metrics |= {"old_loss_before": remembered, "old_loss_after": forgotten}
@@ -256,14 +259,14 @@ def _scoring(work: Finetuning, model: nn.Module, start: nn.Module | None) -> flo
     return (time.perf_counter() - began) * len(work.parts.val) / len(few)
 
 
-def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData) -> None:
+def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData, scored: TaskData) -> None:
     trained, parameters = summary(adapted.model)
     work.say(
         f"method    {work.method.method}: {trained:,} of {parameters:,} parameters move ({trained / parameters:.2%})"
     )
-    test = f", {len(work.parts.test):,} held out" if work.parts.test else ""
-    work.say(f"data      {len(work.parts.train):,} examples to train on, {len(work.parts.val):,} to validate{test}")
-    for name, part in (("training", data), ("validation", held_out)):
+    more = f", {len(work.parts.test):,} to test in the end" if work.parts.test else ""
+    work.say(f"data      {len(work.parts.train):,} examples to train on, {len(work.parts.val):,} to validate{more}")
+    for name, part in (("training", data), ("validation", held_out), ("test", scored))[: 3 if work.parts.test else 2]:
         if part.truncated or part.dropped:
             work.say(
                 f"note: {part.truncated} {name} examples are cut by the context of {work.means.room} tokens, "
@@ -273,13 +276,20 @@ def _tell(work: Finetuning, adapted: Adapted, data: TaskData, held_out: TaskData
     corpus.update(rows=len(data), val_rows=len(held_out), truncated=data.truncated, dropped=data.dropped)
 
 
-def _write_baseline(work: Finetuning) -> None:
-    """The first line of metrics.jsonl: what the trivial answer reaches; a resumed run has it already."""
+def _write_baseline(work: Finetuning, loss: Callable[[], float]) -> None:
+    """The first line of metrics.jsonl: what the trivial answer reaches; a resumed run has it already.
+
+    Args:
+        loss: of the model as it is, on the examples that are scored in the end.
+    """
     what, scores = work.task.baseline(work.parts.train, work.parts.test or work.parts.val)
+    known = any(event.get("event") == "baselines" for event in read_metrics(work.run))
+    if not what and work.parts.test and not known:  # else the first validation says it
+        what, scores = "the model as it was", {"loss": loss()}
     if what:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
         work.say(f"to beat   {what}: {shown}")
-    if any(event.get("event") == "baselines" for event in read_metrics(work.run)):
+    if known:
         return
     metrics = Metrics(work.run)
     metrics.write(event="baselines", trivial=what, **scores)

@@ -1,4 +1,4 @@
-"""report.html: what a run did and how good it is, on one page made of config.json and metrics.jsonl alone.
+"""report.html: what a run did and how good it is, on one page made of config.json and metrics.jsonl.
 
 Whatever is missing is left out: a run of two steps, one without baselines, or one that broke down has a report too.
 All text is escaped: samples are what a model wrote.
@@ -19,8 +19,11 @@ from minillm.training.verdict import Scores, next_commands, score, scores, verdi
 __all__ = ["next_commands", "verdict", "write_report"]
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, concluded: Sequence[str] = ()) -> Path:
     """Writes RUN/report.html, all of it or nothing, and returns its path.
+
+    Args:
+        concluded: sentences on what a finetuned model is worth, which stand first.
 
     Raises `UserError` where RUN holds no config.json, `DamagedFile` where that cannot be read.
     """
@@ -30,7 +33,7 @@ def write_report(run: Path) -> Path:
     title = f"{_setting(config, 'preset', 'run')} on {Path(str(_setting(config, 'source', 'text'))).name}"
     sections = [
         _head(title, config, metrics),
-        _verdict(config, metrics, result),
+        _verdict([*concluded, *verdict(config, metrics)], result),
         _curves(metrics, result),
         _samples(metrics),
         breakdown.section(run),
@@ -62,8 +65,8 @@ def _head(title: str, config: Mapping[str, Any], metrics: Sequence[Mapping[str, 
     return f'<p class="over">minillm training report</p>\n<h1>{_e(title)}</h1>\n<p class="under">{under}</p>'
 
 
-def _verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], result: Scores) -> str:
-    sentences = "".join(f"<p>{_e(sentence)}</p>" for sentence in verdict(config, metrics))
+def _verdict(said: Sequence[str], result: Scores) -> str:
+    sentences = "".join(f"<p>{_e(sentence)}</p>" for sentence in said)
     if not result.validation:
         return f"<section><div>{sentences}</div></section>"
     best = min(value for _, value in result.validation)
