@@ -150,7 +150,7 @@ class Allocator:
         return E.squeeze(1) + A.mean(1) + B.mean(0)
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "sensitivity": dict(self.sensitivity), "uncertainty": dict(self.uncertainty)}
+        return {"steps": self.steps, "sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]

@@ -93,7 +93,7 @@ class Adapted:
         added = {f"{self.prefix}{name}.{own}" for name, layer in self.grown.items() for own in layer.own}
         for name, _ in self.model.named_parameters():
             ours = name.startswith(self.prefix)
-            inside = name.removeprefix(self.prefix) if ours else ""
+            inside = name.removeprefix(self.prefix)
             if any(name.startswith(module + ".") for module in self.extra) or config.method == "full":
                 yield name
             elif config.train_only == "head":

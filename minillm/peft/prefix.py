@@ -50,7 +50,7 @@ class PrefixFront(Front):
         layers: blocks of the stack.
         length: P.
         hidden: width of a network tanh(e W₁ + b₁) W₂ + b₂ that makes them while they are trained (Li & Liang, §4.3:
-            trained by themselves they are unstable); `settle` replaces it by what it makes. None: no network.
+            trained by themselves they are unstable). None: no network.
     """
 
     def __init__(self, config: ModelConfig, layers: int, length: int, hidden: int | None, like: Tensor):
@@ -68,12 +68,6 @@ class PrefixFront(Front):
     def vectors(self) -> Tensor:
         """[P, layers · 2 · G · D], as PEFT's files have them."""
         return self.prefix if self.network is None else self.network(self.prefix)
-
-    @torch.no_grad()
-    def settle(self, vectors: Tensor | None = None) -> None:
-        """Trains no network any more: the keys and values are what it makes now, or `vectors`."""
-        self.prefix = nn.Parameter(self.vectors().clone() if vectors is None else vectors.to(self.prefix))
-        self.network = None
 
     def keys_and_values(self) -> Tensor:
         """[layers, 2, G, P, D]"""

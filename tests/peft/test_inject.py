@@ -213,8 +213,9 @@ def test_what_does_not_fit_the_model_is_one_line() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             inject(model, MethodConfig(**options))
-    with pytest.raises(UserError, match="no module 'classifier' to train besides"):
-        inject(model, MethodConfig(method="lora"), extra=["classifier"])
+    for wrong in ("classifier", ""):  # the second would be the model itself
+        with pytest.raises(UserError, match=f"no module '{wrong}' to train besides"):
+            inject(model, MethodConfig(method="lora"), extra=[wrong])
     with pytest.raises(UserError, match="this one has 0"):
         inject(nn.Linear(2, 2), MethodConfig(method="lora"))
     assert all(p.requires_grad for p in model.parameters())
@@ -228,6 +229,7 @@ def test_what_does_not_fit_the_model_is_one_line() -> None:
     [
         ({"rank": 0}, "method.rank must be at least 1, not 0"),
         ({"dropout": 1.0}, r"method.dropout must be in \[0, 1\), not 1.0"),
+        ({"rank_settle": -0.1}, r"method.rank_settle must be in \[0, 1\), not -0.1"),
         ({"alpha": 0.0}, "method.alpha must be positive"),
         ({"orthogonality": -1.0}, "method.orthogonality must not be negative"),
         ({"rank_warmup": 0.6, "rank_settle": 0.4}, "leave no steps between them"),
@@ -241,6 +243,23 @@ def test_what_does_not_fit_the_model_is_one_line() -> None:
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         MethodConfig(**options)
+    assert MethodConfig(rank=1, width=1, rank_warmup=0.0, rank_settle=0.0, orthogonality=0.0).start_rank == 2
+
+
+def test_what_is_added_begins_as_its_source_has_it() -> None:
+    """LoRA's A as in its authors' code: uniform within 1 / sqrt(inputs); the others normal of 0.02."""
+    uniform, normal = 0.125 / 3**0.5, 0.02
+    for method, ends, std in [
+        ("lora", "lora_A", uniform),
+        ("adalora", ("lora_A", "lora_B"), normal),
+        ("adapter", "adapter_down", normal),
+        ("prefix", "front.prefix", normal),
+    ]:
+        model = build(small(dim=64, mlp={"hidden_dim": 64}))
+        inject(model, MethodConfig(method=method, rank=8, length=8))
+        drawn = [p for name, p in model.named_parameters() if name.endswith(ends)]
+        assert torch.cat([p.flatten() for p in drawn]).std().item() == pytest.approx(std, rel=0.1), method
+        assert method != "lora" or max(p.abs().max() for p in drawn) <= 0.125
 
 
 def test_a_new_weight_has_the_type_of_the_model() -> None:

@@ -11,7 +11,6 @@ from minillm.inference.sampling import Sampling
 from minillm.model.attention import View
 from minillm.peft.config import MethodConfig
 from minillm.peft.inject import inject
-from minillm.peft.prefix import PrefixFront
 from tests.model.configs import POSITIONS, build, small
 from tests.peft.helpers import move, shaken
 
@@ -100,17 +99,6 @@ def test_a_prompt_of_words_is_those_words_in_front() -> None:
         model.decoder.front = type(build(small()).decoder.front)()
         expected = model(torch.cat((same.indices.expand(2, -1), ids), 1))[:, 4:]
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
-
-
-@torch.no_grad()
-def test_the_network_can_be_left_behind() -> None:
-    adapted, ids = shaken("prefix-network"), torch.randint(29, (2, 5))
-    front: Any = adapted.fronts["decoder"]
-    before = adapted.model(ids)
-    front.settle()
-    assert isinstance(front, PrefixFront) and front.network is None
-    assert [name for name, _ in front.named_parameters()] == ["prefix"]
-    assert torch.equal(adapted.model(ids), before)
 
 
 @pytest.mark.parametrize("kind", ["rope", "learned"])
