@@ -28,7 +28,7 @@ from typing import Any
 
 from minillm import presets
 from minillm.config import DamagedFile, Settings, UserError, from_dict
-from minillm.training import checkpoint
+from minillm.training import checkpoint, lr_range, shelf
 from minillm.training.charts import finite
 from minillm.training.pretrain import resolved
 from minillm.training.run import read_config, read_metrics
@@ -79,7 +79,7 @@ def examine(run: Path) -> list[Problem]:
     problems = _files(run, metrics, trained=not imported)
     if imported:
         return problems
-    for check in CHECKS:
+    for check in RANGE_CHECKS if lr_range.applies(config) else CHECKS:
         problems += [Problem(*found) for found in check(config, metrics)]
     return problems + _unfinished(run, config, metrics)
 
@@ -93,9 +93,9 @@ def _files(run: Path, metrics: Metrics, *, trained: bool) -> list[Problem]:
         problems.append(Problem("damaged", f"{run / 'metrics.jsonl'}: lines {torn} are no JSON and were left out"))
     if not (run / "tokenizer").is_dir():
         problems.append(Problem("damaged", f"{run / 'tokenizer'} is missing; each checkpoint holds a copy of it"))
-    for step in checkpoint.steps(run):
+    for _, folder in sorted(shelf.folders(run / "checkpoints").items()):
         try:
-            checkpoint.verify(run / "checkpoints" / f"step-{step}")
+            checkpoint.verify(folder)
         except DamagedFile as damage:
             remedy = "--resume goes on from the newest valid checkpoint" if trained else "import the model again"
             problems.append(Problem("damaged", f"{damage}; {remedy}"))
@@ -295,3 +295,5 @@ CHECKS: tuple[Callable[[Mapping[str, Any], Metrics], list[tuple[str, str]]], ...
     _unusual,
     _slow,
 )
+RANGE_CHECKS = (_masked_out, _first_loss, _slow)
+"""Of a test of the rate's range, which is to break down at its end."""

@@ -49,6 +49,11 @@ def test_rows_are_used_evenly() -> None:
     rows = embed(first.reshape(1, -1), second.reshape(1, 1, -1) + 1)[0, :, 0].long()
     counts = torch.bincount(rows, minlength=64)
     assert counts.min() >= 8 and counts.max() <= 50, counts  # 25 on average
+    prime = 2**31 - 1  # a saved table fits this hash and no other: here in integers that cannot overflow
+    for one, other in ((0, 1), (29, 3), (39, 39)):
+        before, ids = torch.tensor([[[other + 1]]]), torch.tensor([[one]])
+        key = ((one + 1) * 1_000_003 + other + 1) % prime
+        assert embed(ids, before)[0, 0, 0] == key * 1_000_003 % prime % 64
 
 
 def test_training_leaves_out_whole_rows_and_keeps_their_sum() -> None:
