@@ -89,8 +89,6 @@ class Masked:
     def _choose(self, window: np.ndarray, real: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Indices of the tokens that are hidden: words in random order, until their tokens reach the share."""
         candidates = np.flatnonzero(real & self._ordinary[window])
-        if not len(candidates):
-            return candidates
         word = np.cumsum(self._starts[window])[candidates]
         words, sizes = np.unique(word, return_counts=True)
         shuffled = generator.permutation(len(words))

@@ -63,7 +63,7 @@ def order(position: np.ndarray, *, seed: int, epoch: np.ndarray, size: int) -> n
         position: [B] in 0 … size − 1.
         epoch: [B] the epoch of each.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = _keys(seed, np.broadcast_to(epoch, np.shape(position)))
     x = np.asarray(position).astype(np.uint64)

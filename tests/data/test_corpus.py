@@ -60,6 +60,7 @@ def test_masks_are_80_10_10_of_the_share() -> None:
         assert abs(count - share * n) < 4 * (n * share * (1 - share)) ** 0.5
     assert not np.isin(swapped, SPECIAL).any() and swapped.max() > VOCAB - 20
     assert torch.equal(batch.segments, torch.from_numpy(np.cumsum(ids == DOCUMENT, 1)))
+    assert not masked(separate=False).batch(ids, *full(ids), seed=5).segments.any()
 
 
 def test_masks_follow_from_seed_and_sample() -> None:
@@ -129,6 +130,7 @@ def test_spans_have_the_share_and_the_mean_length_and_fill_the_context() -> None
     objective = spans()
     assert objective.sizes(512) == (569, 569)  # 512 = 569 − 85 + 28, as in T5's recipe but for its end token
     assert objective.counts(569) == (85, 28)
+    assert [objective.counts(length) for length in (2, 3, 20)] == [(1, 1), (1, 1), (3, 1)]
     ids = windows(300, 569)
     batch = objective.batch(ids, *full(ids), seed=0)
     places = np.stack([np.isin(batch.source[i].numpy(), range(400, 464)) for i in range(300)])

@@ -52,6 +52,17 @@ def test_order_mixes_well() -> None:
     assert (np.abs(neighbours) == 1).mean() < 0.002
 
 
+def test_the_order_is_the_same_in_every_version(stream: TokenStream) -> None:
+    """A run that another version began goes on with the samples that it would have had."""
+    assert permutation(11, 7, 1) == [4, 8, 6, 2, 5, 1, 9, 7, 0, 3, 10]
+    assert Loader(stream, OBJECTIVES["next"], context=32, seed=3).batch(30, 4).ids[:, 0].tolist() == [
+        587,
+        715,
+        130,
+        834,
+    ]
+
+
 def test_an_epoch_predicts_every_token(stream: TokenStream) -> None:
     """Once each; the last window's overhang wraps around to the beginning and is seen twice."""
     loader = Loader(stream, OBJECTIVES["next"], context=32, seed=3)

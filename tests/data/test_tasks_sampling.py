@@ -79,3 +79,4 @@ def test_what_only_held_out_examples_have_is_learnt() -> None:
     names = [("a",), ("a", "b"), ("z",), ("b",), ("q", "a"), ("z", "a"), ()]
     train, held = learnable((np.array([0, 1]), np.array([2, 3, 4, 5, 6])), names)
     assert train.tolist() == [0, 1, 2, 4] and held.tolist() == [3, 5, 6]
+    assert learnable((np.array([4]), np.array([0, 1])), [("b",), ("a",), (), (), ("a",)])[0].tolist() == [0, 4]
