@@ -23,6 +23,7 @@ from minillm.commands.running import (
     say_finished,
     say_where_from,
     trackers_of,
+    with_range,
 )
 from minillm.commands.series import Series, begin, go_on
 from minillm.commands.start import known_start, weights_hash
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
             args = _parse(argv)
             several = _several(args)
             if several is None:
-                return _start(args, signals)
+                return _start(args, argv, signals)
             state = {"task": args.task, "argv": argv, "folds": args.folds}
             name = f"{args.task}-{args.method}-{data_name(args.data)}" + (f"-{args.folds}-folds" if args.folds else "")
             return begin(several, state, args.out, name, signals)
@@ -132,11 +133,13 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Args:
     """The rate's default goes by the method."""
     args = tyro.cli(Args, prog="minillm finetune", description=__doc__, args=argv)
-    if any(arg == "--optim.lr" or arg.startswith("--optim.lr=") for arg in argv) or args.method == "all":
+    if args.method == "all":
         return args
     rate = SCRATCH_RATE if args.from_scratch else RATES[args.method]
-    lr = rate / (10 if args.task == "preference" else 1)
-    return dataclasses.replace(args, optim=dataclasses.replace(args.optim, lr=lr))
+    usual = OptimConfig(lr=rate / (10 if args.task == "preference" else 1))
+    if any(arg == "--optim.lr" or arg.startswith("--optim.lr=") for arg in argv):
+        return dataclasses.replace(args, optim=with_range(args.optim, usual))
+    return dataclasses.replace(args, optim=dataclasses.replace(args.optim, lr=usual.lr))
 
 
 def _method(args: Args) -> MethodConfig:
@@ -179,7 +182,7 @@ def _options(args: Args) -> dict[str, Any]:
     return options | {"class_weights": weigh, "fold": parse_fold(args.fold)}
 
 
-def _start(args: Args, signals: Signals) -> int:
+def _start(args: Args, argv: list[str], signals: Signals) -> int:
     """A new run. What is wrong with model, data or options is said before its folder is made."""
     from minillm import ops
     from minillm.training.plan import choose_device
@@ -199,7 +202,7 @@ def _start(args: Args, signals: Signals) -> int:
     )  # fmt: skip
     base = {"path": str(opened.folder.resolve()), "model": str(args.model), "weights": weights_hash(opened.folder)}
     config = run_config(settings) | {"task": {"name": args.task, "options": _options(args)}, "base": base}
-    config["method"] = asdict(method)
+    config |= {"method": asdict(method), "options": argv}
     prepared = prepare(config, settings, opened)
     run = new_run(args.out, f"{args.task}-{args.method}-{data_name(args.data)}", overwrite=args.overwrite)
     with held(run):

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.commands.running import say
+from minillm.commands.running import conclude, say
 from minillm.commands.tasks import (
     data_hash,
     examples_of,
@@ -150,6 +150,7 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, *, whole: bool) -> N
     """The result on stdout, in the report and in result.json, and what to do next; `whole`: this process ran it from
     the start."""
     from minillm.machine import peak_bytes
+    from minillm.training import lr_range
     from minillm.training.report import write_report
     from minillm.training.run import read_metrics, write_json
 
@@ -169,8 +170,11 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, *, whole: bool) -> N
     shown = ", ".join(" ".join(line.split()) for line in numbers).replace("_", " ")
     if "test" in config["corpus"] and (run / "result.json").exists():
         say("note: the test examples were scored before: who goes on until they please has chosen by them")
-    report = write_report(run, [f"With its best weights, {scored_on['words']}: {shown}.", verdict])
     write_json(run / "result.json", result)
+    if lr_range.applies(config):
+        conclude(run, config, write_report(run))
+        return
+    report = write_report(run, [f"With its best weights, {scored_on['words']}: {shown}.", verdict])
     best = f"best at step {progress.best_step:,}"
     print(f"{done.outcome.reason} after {progress.step:,} steps, {best}; {scored_on['words']}:")
     print("\n".join(figures))

@@ -11,7 +11,7 @@ import torch
 from minillm import preflight
 from minillm.commands import corpus
 from minillm.commands.announce import baselines_text, plan_text, predictions
-from minillm.commands.running import say
+from minillm.commands.running import conclude, say
 from minillm.config import Settings, UserError
 from minillm.data.shards import Shards, corpus_hash
 from minillm.data.sources import Source
@@ -22,9 +22,8 @@ from minillm.training.plan import Plan, choose_dtype
 from minillm.training.pretrain import Pretraining, pretrain, resolved
 from minillm.training.profile import ATTENTION, PRODUCTS, STEPS, Profile
 from minillm.training.report import write_report
-from minillm.training.run import read_metrics, write_json
+from minillm.training.run import write_json
 from minillm.training.signals import Signals
-from minillm.training.verdict import next_commands, verdict
 
 
 def prepare(
@@ -85,7 +84,7 @@ def run_prepared(work: Pretraining, signals: Signals, *, resume_from: Path | Non
     if lead:
         report = write_report(run)
         if outcome.code == 0:
-            _conclude(run, work.config, report)
+            conclude(run, work.config, report)
     return outcome.code
 
 
@@ -118,12 +117,3 @@ def _profile(settings: Settings, run: Path, team: Alone, plan: Plan) -> Profile:
         compiled=plan.compile,
         say=say,
     )
-
-
-def _conclude(run: Path, config: dict[str, Any], report: Path) -> None:
-    """The verdict, where the report is, and what to do next: the result of a run, on stdout."""
-    metrics = read_metrics(run)
-    print("\n".join(verdict(config, metrics)))
-    print(f"\nreport: {report}\n\nnext:")
-    for command, reason in next_commands(run, config, metrics):
-        print(f"  {command:<60} {reason}")

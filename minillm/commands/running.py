@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from minillm.config import Settings, UserError
+from minillm.config import OptimConfig, Settings, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,15 @@ def resumed(settings: Settings, args: Resume) -> Settings:
     return settings if args.steps is None else replace(settings, steps=args.steps, minutes=None)
 
 
+def with_range(optim: OptimConfig, usual: OptimConfig) -> OptimConfig:
+    """For a test of the rate's range: rates that were left as they are usual keep their proportion to `lr`."""
+    if optim.schedule != "range":
+        return optim
+    beside = {name: getattr(usual, name) for name in ("muon_lr", "embedding_lr")}
+    left = {name: rate for name, rate in beside.items() if rate is not None and getattr(optim, name) == rate}
+    return replace(optim, **{name: rate * optim.lr / usual.lr for name, rate in left.items()})
+
+
 def say_where_from(run: Path, checkpoint: Path | None) -> None:
     where = checkpoint.name if checkpoint is not None else "the start: it has no checkpoint yet"
     say(f"{run} goes on from {where}")
@@ -91,3 +100,15 @@ def trackers_of(log: str | None) -> tuple[str, ...]:
 def say(text: str) -> None:
     """Progress, which goes to stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def conclude(run: Path, config: dict[str, Any], report: Path) -> None:
+    """The verdict, where the report is, and what to do next: the result of a run, on stdout."""
+    from minillm.training.run import read_metrics
+    from minillm.training.verdict import next_commands, verdict
+
+    metrics = read_metrics(run)
+    print("\n".join(verdict(config, metrics)))
+    print(f"\nreport: {report}\n\nnext:")
+    for command, reason in next_commands(run, config, metrics):
+        print(f"  {command:<60} {reason}")

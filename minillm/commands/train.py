@@ -25,6 +25,7 @@ from minillm.commands.running import (
     say_finished,
     say_where_from,
     trackers_of,
+    with_range,
 )
 from minillm.config import Settings, UserError, from_dict
 from minillm.training.distributed import Alone, join
@@ -87,7 +88,8 @@ def _parse(argv: list[str]) -> Args:
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
     fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(Settings)}
-    return tyro.cli(Args, prog="train.py", description=__doc__, default=Args(**fields), args=argv)
+    args = tyro.cli(Args, prog="train.py", description=__doc__, default=Args(**fields), args=argv)
+    return replace(args, optim=with_range(args.optim, from_dict(Settings, base).optim))
 
 
 def _option(argv: list[str], name: str) -> str | None:

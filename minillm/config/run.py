@@ -70,8 +70,9 @@ class OptimConfig:
     """Adds l1 · Σ|w| over the matrices to the loss."""
     l2: float = 0.0
     """Adds l2 / 2 · Σw² over the matrices to the loss (coupled, unlike weight_decay)."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """wsd: warm-up, stable, decay; only the last `decay` share of the steps falls, linearly."""
+    schedule: Literal["cosine", "linear", "wsd", "constant", "range"] = "cosine"
+    """wsd: warm-up, stable, decay; only the last `decay` share of the steps falls, linearly. range: rises from
+    lr / 10,000 to lr, to find out which rate suits a run: give it a high one, as 1, and some 100 steps."""
     warmup: float = 0.02
     """Share of the steps in which the rate rises from 0."""
     decay: float = 0.3
@@ -187,6 +188,10 @@ class Settings:
         require(self.seed >= 0, f"seed must not be negative, not {self.seed}")
         require(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.minutes is None or self.minutes > 0, f"minutes must be positive, not {self.minutes}")
+        require(
+            self.optim.schedule != "range" or self.train.skip_spikes is None,
+            "train.skip_spikes does not go with optim.schedule=range, which ends where the loss is not finite",
+        )
         fits = {"decoder": "next-token", "encoder": "masked", "encoder-decoder": "span"}[self.model.shape]
         require(
             self.data.objective in (None, fits),

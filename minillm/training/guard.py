@@ -34,7 +34,9 @@ def highest_usual(norms: list[float]) -> float:
 class Guard:
     def __init__(self, job: Job, monitor: Monitor, progress: Progress, scaler: torch.amp.GradScaler):
         self.job, self.monitor, self.progress, self.scaler = job, monitor, progress, scaler
-        self.allowed = job.settings.train.skip_spikes
+        self.spikes = job.settings.train.skip_spikes is not None
+        # A range test ends, as it should, after the step that is no longer finite.
+        self.allowed = 1 if job.settings.optim.schedule == "range" else job.settings.train.skip_spikes or 0
 
     def lets_through(self, loss: float, norm: float, batch: Batch) -> bool:
         """Whether the step may be taken, which all ranks answer alike; what is passed over is said and recorded.
@@ -50,12 +52,12 @@ class Guard:
         progress = self.progress
         fault = self._fault(loss, norm)
         if fault is not None:
-            if progress.skipped >= (self.allowed or 0):
+            if progress.skipped >= self.allowed:
                 self._fail(fault, norm, batch)
             self._skip(fault, loss, norm)
             return False
         progress.skipped = 0
-        if self.allowed is not None and math.isfinite(norm):
+        if self.spikes and math.isfinite(norm):
             progress.norms = [*progress.norms, norm][-WINDOW:]
         return True
 
@@ -66,7 +68,7 @@ class Guard:
             # A scaler meets infinite fp16 gradients as a matter of course: it skips the step and halves its scale.
             # Where that does not help any more, they are infinite by themselves.
             return None if self.scaler.is_enabled() and self.scaler.get_scale() >= 1 else "gradient"
-        if self.allowed is None:
+        if not self.spikes:
             return None
         # Norms may differ in their last bit between machines, and a rank that stepped alone would have other weights.
         spike = torch.tensor(norm > highest_usual(self.progress.norms))

@@ -99,6 +99,8 @@ class Progress:
     """Steps in a row, up to the last one, that moved nothing (see guard.py)."""
     norms: list[float] = field(default_factory=list)
     """Of the gradients of the last steps that were taken, oldest first; kept with train.skip_spikes."""
+    curve: list[float] = field(default_factory=list)
+    """Losses of the lines of the log, of a range test alone."""
 
     def advance(self, *, tokens: int, loss_sum: float, targets: int) -> None:
         """A step is done; `loss_sum` is over its targets."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.data.batch import Batch
-from minillm.training import checkpoint, memory, snapshot
+from minillm.training import checkpoint, lr_range, memory, snapshot
 from minillm.training.guard import Guard
 from minillm.training.job import Job, Outcome, Progress
 from minillm.training.monitor import Monitor
@@ -34,19 +34,19 @@ class Loop:
         self.parameters = list(self.weights.values())
         self.precision, self.team = autocast(job.plan.device, job.plan.dtype), job.team
         self.guard = Guard(job, monitor, progress, scaler)
+        self.ranging = job.settings.optim.schedule == "range"
         # One that was saved before its validation ended is saved again after it, with what the validation found.
         self.saved: int | None = progress.step if progress.step and progress.chores_done else None
         self.random = snapshot.random_state()  # after the last finished step
 
     def run(self) -> Outcome:
         job, progress, plan = self.job, self.progress, self.job.plan
+        patience = None if self.ranging else job.settings.train.patience
         job.model.train()
         try:
             while True:
                 self._chores()
-                patience = job.settings.train.patience
-                stop_early = patience is not None and progress.worse >= patience
-                if progress.step >= plan.steps or stop_early:
+                if self._is_over() or (patience is not None and progress.worse >= patience):
                     break
                 if job.profile is None:
                     self._step()
@@ -64,11 +64,17 @@ class Loop:
         except memory.OneRowTooMany:
             self._save_last_step()
             raise
-        reason = "early stop" if progress.step < plan.steps else "finished"
+        reason = "finished" if self._is_over() else "early stop"
         if job.settings.train.patience is not None and progress.best_step not in (None, progress.step):
             self._restore_best()
         self._end(reason)
         return Outcome(reason, 0, progress)
+
+    def _is_over(self) -> bool:
+        """Whether there is no step left; of a range test, whether a higher rate has nothing to tell."""
+        progress = self.progress
+        ruined = self.ranging and (progress.skipped > 0 or lr_range.is_over(progress.curve))
+        return ruined or progress.step >= self.job.plan.steps
 
     def _step(self) -> None:
         """One optimizer step; where memory runs out before a weight has moved, again with smaller micro-batches."""
@@ -153,12 +159,14 @@ class Loop:
             targets=progress.targets,
             epoch=progress.step * self.job.settings.train.batch / self.job.samples_per_epoch,
         )
+        if self.ranging:
+            progress.curve.append(loss)
         progress.begin_line(seconds)
 
     def _chores(self) -> None:
         """What is due after `progress.step` steps: validation, samples, a checkpoint."""
         job, progress, plan = self.job, self.progress, self.job.plan
-        last = progress.step == plan.steps
+        last = self._is_over()
         self.team.poll(self.signals)
         if not progress.chores_done:
             before = self.monitor.seconds

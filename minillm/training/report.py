@@ -5,12 +5,14 @@ All text is escaped: samples are what a model wrote.
 """
 
 import html
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minillm.config import Settings, to_dict
-from minillm.training import breakdown
+from minillm.training import breakdown, lr_range
 from minillm.training.charts import Level, Line, chart, compact, duration, finite, number, round_step
 from minillm.training.page import page
 from minillm.training.run import read_config, read_metrics
@@ -30,10 +32,13 @@ def write_report(run: Path, concluded: Sequence[str] = ()) -> Path:
     run = Path(run)
     config, metrics = read_config(run), read_metrics(run)
     result = scores(metrics)
+    if lr_range.applies(config):  # how good a run is that was to break down at its end is not the question
+        result = replace(result, validation=[], baselines={})
     title = f"{_setting(config, 'preset', 'run')} on {Path(str(_setting(config, 'source', 'text'))).name}"
     sections = [
         _head(title, config, metrics),
         _verdict([*concluded, *verdict(config, metrics)], result),
+        _range(metrics) if lr_range.applies(config) else "",
         _curves(metrics, result),
         _samples(metrics),
         breakdown.section(run),
@@ -88,6 +93,26 @@ def _rank(best: float, result: Scores) -> str:
         for value, name, style in rows
     )
     return f'<div class="rank">{cells}</div>'
+
+
+def _range(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The loss against the rate, which rises exponentially; the axis is that of its logarithm."""
+    points, found = [(math.log10(rate), loss) for rate, loss in lr_range.points(metrics)], lr_range.read(metrics)
+    if found is None:
+        return ""
+    low, high = points[0][0], points[-1][0]
+    decades = [(x, [lr_range.rate_text(10.0**x)]) for x in range(math.ceil(low + 0.1), math.ceil(high - 0.1))]
+    ends = [(x, [f"rate {lr_range.rate_text(10**x)}"]) for x in (low, high)]
+    turn = [(math.log10(found.turn[0]), found.turn[1])] if found.suggested is not None else []
+    lines = [
+        Line("a line of the log", points, "first"),
+        Line("smoothed", [(math.log10(rate), loss) for rate, loss in found.curve], "second"),
+        Line("turn", turn, "second", dots=True),
+    ]
+    ticks: list[tuple[float, list[str]]] = [ends[0], *decades, ends[1]]
+    readout = [[x, f"rate {lr_range.rate_text(10**x)}"] for x, _ in points]
+    figure = chart("Loss against the learning rate", lines, x_ticks=ticks, tall=True, readout=readout)
+    return f"<h2>Where it fell, and where it turned</h2>{figure}"
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]], result: Scores) -> str:

@@ -5,6 +5,8 @@ cosine     falls along half a cosine to `final_lr` (Loshchilov & Hutter 2016)
 linear     falls along a line to `final_lr`
 wsd        stays at the peak, and falls along a line in the last `decay` share (warm-up, stable, decay)
 constant   stays at the peak
+range      rises exponentially from a ten-thousandth of the peak to all of it, without warm-up, to find out which rate
+           suits a run (see lr_range.py)
 """
 
 import math
@@ -38,8 +40,14 @@ FALLS: dict[str, Callable[[float, OptimConfig], float]] = {
 }
 
 
+RANGE = 1e-4
+"""Share of the peak at which `range` begins."""
+
+
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Share of the peak rate, in (0, 1], for the step that follows `step` finished ones of `steps`."""
+    if config.schedule == "range":
+        return RANGE ** (1 - step / max(1, steps - 1))
     warmup = round(config.warmup * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

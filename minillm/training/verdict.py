@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minillm.training import lr_range
 from minillm.training.charts import finite, number
 
 BASELINES = {"uniform": "uniform", "unigram": "unigram", "bigram": "bigram", "gzip": "gzip -9", "xz": "xz -9"}
@@ -44,6 +45,8 @@ def scores(metrics: Sequence[Mapping[str, Any]]) -> Scores:
 
 def verdict(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences on how the run ended, how good it is, and whether it memorises; at least one."""
+    if lr_range.applies(config):
+        return _how_it_ended(config, metrics) + lr_range.sentences(metrics)
     sentences = _how_it_ended(config, metrics) + _skipped(metrics)
     result = scores(metrics)
     if not result.validation:
@@ -160,9 +163,11 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
     if broken:
         return [
             (f"minillm doctor {folder}", "names what is wrong, and where"),
-            (_train(config, lr=0.3), "the same run with a third of the learning rate"),
+            (_again(config, _rates(config, 0.3)), "the same run with a third of the learning rate"),
             (f"minillm plot {folder}", "the curves up to the break"),
         ]
+    if lr_range.applies(config) and last.get("reason") == "finished":
+        return _after_range(config, metrics)
     if config.get("task"):
         return _after_finetuning(folder, config["task"]["name"], last)
     commands = []
@@ -175,7 +180,8 @@ def next_commands(run: Path, config: Mapping[str, Any], metrics: Sequence[Mappin
         commands.append((f"minillm doctor {folder}", "checks the run for known faults"))
     minutes, steps = settings.get("minutes"), plan.get("steps")
     if minutes or steps:
-        commands.append((_train(config, longer=4, steps=steps), "four times as long: the surest way to a lower loss"))
+        longer = {"minutes": f"{4 * minutes:g}" if minutes else None, "steps": None if minutes else str(4 * steps)}
+        commands.append((_again(config, longer), "four times as long: the surest way to a lower loss"))
     commands.append((f"minillm plot {folder}", "draws the curves; name several runs to compare them"))
     return commands[:3]
 
@@ -190,21 +196,38 @@ def _after_finetuning(folder: str, task: str, last: Mapping[str, Any]) -> list[t
     return commands[:3]
 
 
-def _train(config: Mapping[str, Any], *, longer: int = 1, lr: float | None = None, steps: int | None = None) -> str:
-    """The command that began a run, changed in one thing, and with a folder of its own."""
-    settings = config.get("settings") or {}
-    command = f"python train.py --preset {shlex.quote(str(settings.get('preset', 'default')))}"
-    if settings.get("source", "stdlib") != "stdlib":
-        command += f" --data {shlex.quote(str(settings['source']))}"
-    replaced = ["preset", "data", "out", "overwrite", "profile"]
-    replaced += ["minutes", "steps"] if longer > 1 else ["optim.lr"]
-    command += "".join(f" {shlex.quote(part)}" for part in _without(config.get("options") or (), replaced))
-    if longer > 1:
-        minutes = settings.get("minutes")
-        command += f" --minutes {longer * minutes:g}" if minutes else f" --steps {longer * (steps or 1)}"
-    if lr is not None:
-        command += f" --optim.lr {lr * (settings.get('optim') or {}).get('lr', 1e-3):.1g}"
-    return command
+def _after_range(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The run that was meant, at the rate that was found; else the test with higher rates."""
+    found = lr_range.read(metrics)
+    if found is None or found.suggested is None:
+        return [(_again(config, _rates(config, 10)), "the same test, up to ten times the rate")]
+    changes = {"optim.schedule": None, "steps": None, "minutes": None, "epochs": None}
+    changes |= _rates(config, found.suggested / config["settings"]["optim"]["lr"])
+    return [(_again(config, changes), "the run itself, at that rate")]
+
+
+def _rates(config: Mapping[str, Any], share: float) -> dict[str, str | None]:
+    """`optim.lr`, and the rates beside it that are used, multiplied."""
+    optim = (config.get("settings") or {}).get("optim") or {}
+    used = {"lr": True, "muon_lr": optim.get("name") == "muon", "embedding_lr": optim.get("embedding_lr") is not None}
+    return {f"optim.{name.replace('_', '-')}": f"{share * optim.get(name, 1e-3):.2g}" for name in used if used[name]}
+
+
+def _again(config: Mapping[str, Any], changes: Mapping[str, str | None]) -> str:
+    """The command that began a run with some options changed, or left out, and with a folder of its own."""
+    settings, options = config.get("settings") or {}, list(config.get("options") or ())
+    replaced = ["out", "overwrite", *changes]
+    if config.get("task"):
+        model = str(config["base"]["model"])
+        options = [model, *(part for part in options if part != model)]
+        command = "minillm finetune"
+    else:
+        replaced += ["preset", "data", "profile"]
+        command = f"python train.py --preset {shlex.quote(str(settings.get('preset', 'default')))}"
+        if settings.get("source", "stdlib") != "stdlib":
+            command += f" --data {shlex.quote(str(settings['source']))}"
+    given = [part for name, value in changes.items() if value is not None for part in (f"--{name}", value)]
+    return " ".join([command, *(shlex.quote(part) for part in [*_without(options, replaced), *given])])
 
 
 def _without(options: Sequence[str], names: Sequence[str]) -> list[str]:

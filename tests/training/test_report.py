@@ -290,7 +290,7 @@ def test_next_commands_begin_as_the_run_did() -> None:
     assert longer == f"python train.py {given.format('--optim.lr -1e-3 ', '')} --minutes 18"
     broken = {"event": "nonfinite", "step": 61, "what": "loss", "layer": "decoder", "samples": [1]}
     slower = next_commands(Path("r"), begun, [*GOOD[:-1], broken])[1][0]
-    assert slower == f"python train.py {given.format('--steps 100 ', '')} --optim.lr 0.0006"
+    assert slower == f"python train.py {given.format('--steps 100 ', '')} --optim.lr 0.0006 --optim.muon-lr 0.006"
 
 
 def test_nothing_read_once_is_called_memorised() -> None:

@@ -1,5 +1,6 @@
 """The learning rate at every step that a person could name: first, warm, peak, middle, last."""
 
+import itertools
 import math
 
 import pytest
@@ -39,6 +40,13 @@ def test_wsd_falls_in_the_last_share_of_all_steps() -> None:
     assert found[71:] == pytest.approx([0.2 + 0.8 * (100 - step) / 30 for step in range(71, 100)])
     assert rates("wsd", decay=0.0)[10:] == [1.0] * 90
     assert rates("wsd", decay=1.0)[10:12] == pytest.approx([1.0, 0.2 + 0.8 * 89 / 90]), "all that is left may fall"
+
+
+def test_a_range_rises_by_one_factor_from_a_ten_thousandth_to_the_peak_without_warm_up() -> None:
+    found = rates("range", warmup=0.5, final_lr=0.9)
+    assert found[0] == pytest.approx(1e-4) and found[-1] == 1.0
+    assert [b / a for a, b in itertools.pairwise(found)] == pytest.approx([1e4 ** (1 / 99)] * 99)
+    assert learning_rate(0, 1, OptimConfig(schedule="range")) == pytest.approx(1e-4), "a run of one step"
 
 
 def test_a_fall_never_rises() -> None:
