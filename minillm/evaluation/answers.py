@@ -87,7 +87,5 @@ def _golden(golden: Sequence[str]) -> list[str]:
 
 
 def _f1(answer: list[str], gold: list[str]) -> float:
-    if not answer or not gold:
-        return float(answer == gold)
     common = (Counter(answer) & Counter(gold)).total()
-    return 2 * common / (len(answer) + len(gold))
+    return 2 * common / (len(answer) + len(gold)) if answer or gold else 1.0

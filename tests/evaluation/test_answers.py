@@ -38,11 +38,11 @@ def test_no_answer() -> None:
 
 
 def test_means_over_questions_of_both_kinds() -> None:
-    scores = answer_scores(["the dog", "red cat", "x", ""], [["dog"], ["cat"], [], []])
-    assert scores["exact_match"] == pytest.approx(2 / 4)
-    assert scores["f1"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
+    scores = answer_scores(["the dog", "red cat", "x", "", ""], [["dog"], ["cat"], [], [], []])
+    assert scores["exact_match"] == pytest.approx(3 / 5)
+    assert scores["f1"] == pytest.approx((1 + 2 / 3 + 0 + 1 + 1) / 5)
     assert scores["answerable_f1"] == pytest.approx((1 + 2 / 3) / 2)
-    assert scores["unanswerable_accuracy"] == pytest.approx(1 / 2)
+    assert scores["unanswerable_accuracy"] == pytest.approx(2 / 3)
     assert answer_scores(["dog"], [["dog"]]) == {"exact_match": 1.0, "f1": 1.0}
     with pytest.raises(ValueError, match="nothing to score"):
         answer_scores([], [])
@@ -65,4 +65,7 @@ def test_no_null_threshold_has_a_higher_f1() -> None:
         assert f1(threshold) == pytest.approx(best)
         assert best == pytest.approx(max(f1(t) for t in [-10.0, *margins, 10.0]))
     above = np.nextafter(1.0, 2.0)  # the middle rounds to 1.0, which would give both
+    assert best_null_threshold(["x", "dog"], np.array([1.0, 1.0]), [["dog"], ["dog"]]) == (0.0, 0.5)  # both or none
+    with pytest.raises(ValueError, match="1 answers, 2 margins, 1 questions"):
+        best_null_threshold(["dog"], np.zeros(2), [[]])
     assert best_null_threshold(["dog", "dog"], np.array([above, 1.0]), [["dog"], []]) == (above, 1.0)

@@ -68,6 +68,8 @@ def test_a_threshold_lies_midway() -> None:
 def test_what_cannot_be_scored_says_why() -> None:
     with pytest.raises(ValueError, match="outside 0 … 1"):
         confusion([0, 2], [0, 1], 2)
+    with pytest.raises(ValueError, match="outside 0 … 1"):
+        confusion([-1, 0], [0, 1], 2)
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         accuracy([0, 1], [0])
     with pytest.raises(ValueError, match="nothing to score"):

@@ -41,6 +41,7 @@ def test_random_tags_give_the_chunks_of_the_tables() -> None:
         ("B-PER L-PER U-LOC", [("PER", 0, 2), ("LOC", 2, 3)]),
         ("B-NAME-FIRST I-NAME-FIRST", [("NAME-FIRST", 0, 2)]),
         ("NOUN NOUN VERB", [("NOUN", 0, 2), ("VERB", 2, 3)]),
+        ("NP-SBJ NP-SBJ", [("NP-SBJ", 0, 2)]),  # a dash alone makes no prefix
         ("B I O B", [("", 0, 2), ("", 3, 4)]),
         ("", []),
     ],
@@ -59,6 +60,8 @@ def test_scores_by_hand() -> None:
     assert scores["entity_f1"] == pytest.approx(4 / 7)
     assert scores["accuracy"] == pytest.approx(6 / 8)
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+    one_of_three = entity_scores([["B-X", "B-Y"]], [["B-X", "B-Z"]])
+    assert one_of_three["macro_f1"] == pytest.approx(1 / 3)  # a type that is only true, or only predicted, counts
     kinds = entity_scores_by_type(truth, predicted)
     assert list(kinds) == ["LOC", "ORG", "PER"]
     assert kinds["PER"] == pytest.approx({"precision": 1 / 2, "recall": 1.0, "f1": 2 / 3, "support": 1})
@@ -70,5 +73,6 @@ def test_nothing_found_is_zero_and_nothing_given_an_error() -> None:
     assert entity_scores([["O", "O"]], [["O", "O"]])["accuracy"] == 1.0
     with pytest.raises(ValueError, match="nothing to score"):
         entity_scores([], [])
-    with pytest.raises(ValueError, match="one tag for each word"):
-        entity_scores([["O", "O"]], [["O"]])
+    for score in (entity_scores, entity_scores_by_type):
+        with pytest.raises(ValueError, match="one tag for each word"):
+            score([["O", "O"]], [["O"]])

@@ -53,6 +53,8 @@ def test_bleu_of_a_published_example() -> None:
         BLEU().corpus_score(["the the the the the the the"], [[r] for r in several]).score
     )
     assert bleu_reference([several[0]], [several]) == pytest.approx(100.0)
+    for text, other in (("the cat", "the cat"), ("a b c d", "e f g h")):  # no stretch of four words; no word in common
+        assert bleu_reference([text], [[other]]) == bleu([text], [[other]]) == 0.0
 
 
 def test_without_sacrebleu_the_reference_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +65,7 @@ def test_without_sacrebleu_the_reference_counts(monkeypatch: pytest.MonkeyPatch)
 
 def test_rouge_l_by_hand() -> None:
     """Lin 2004, section 3.1: `police killed the gunman`; lcs 3 and 2 of four words."""
-    reference = ["police killed the gunman"]
+    reference = ["Police killed the gunman"]
     assert rouge_l(["Police kill the gunman."], [reference]) == pytest.approx(3 / 4)
     assert rouge_l(["the gunman kill police"], [reference]) == pytest.approx(2 / 4)
     assert rouge_l(["the gunman"], [["x", *reference]]) == pytest.approx(2 * (2 / 2) * (2 / 4) / (2 / 2 + 2 / 4))
@@ -72,7 +74,7 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_what_cannot_be_scored_says_why() -> None:
-    for score in (bleu, rouge_l):
+    for score in (bleu, bleu_reference, rouge_l):
         with pytest.raises(ValueError, match="nothing to score"):
             score([], [])
         with pytest.raises(ValueError, match="1 predictions for 2 references"):
