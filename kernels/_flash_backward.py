@@ -136,12 +136,8 @@ def by_keys(
     if dq_ptr is not None:
         dq_ptr += (b * T * H + h) * D
 
-    # Key s is seen by the positions s - right to s + left, and position p is query p - (keys - queries).
-    shift = queries - keys
-    last = tl.minimum(n0 + BLOCK_N, keys) - 1
-    reach = tl.where(n0 < keys, queries, 0)  # a block of padding visits nothing
-    start, full_start, full_stop, stop = spans(n0 + shift, last + shift, reach, right, left, BLOCK_M)
-    full_stop = tl.where(n0 + BLOCK_N > keys, full_start, full_stop)  # padding among the keys needs the mask
+    # Key s is seen by the positions s - right to s + left: the window's sides change places.
+    start, full_start, full_stop, stop = spans(n0, keys, queries, right, left, BLOCK_N, BLOCK_M, True)
     at = b * blocks + block
     start, full_start, full_stop, stop = meeting(list_ptr, counts_ptr, at, start, full_start, full_stop, stop)
     if list_ptr is not None:
@@ -219,8 +215,7 @@ def by_queries(
 
     t0 = block * BLOCK_M
     t = t0 + tl.arange(0, BLOCK_M)
-    shift = keys - queries
-    position = (t + shift)[:, None]
+    position = (t + (keys - queries))[:, None]
     q_id = tl.load(row.q_ids + t, t < queries, other=0)[:, None] if q_ids_ptr is not None else 0
     q = tile(q_ptr + b * q_b + h * q_h, q_t, t0, queries, D, BLOCK_M, BLOCK_D, True, WIDEN)
     do = tile(do_ptr + b * do_b + h * do_h, do_t, t0, queries, D, BLOCK_M, BLOCK_D, True, WIDEN)
@@ -229,9 +224,7 @@ def by_queries(
     k_ptr += b * k_b + g * k_h
     v_ptr += b * v_b + g * v_h
 
-    last = tl.minimum(t0 + BLOCK_M, queries) - 1
-    reach = tl.where(t0 < queries, keys, 0)
-    start, full_start, full_stop, stop = spans(t0 + shift, last + shift, reach, left, right, BLOCK_N)
+    start, full_start, full_stop, stop = spans(t0, queries, keys, left, right, BLOCK_M, BLOCK_N, False)
     at = b * blocks + block
     start, full_start, full_stop, stop = meeting(list_ptr, counts_ptr, at, start, full_start, full_stop, stop)
     if list_ptr is not None:

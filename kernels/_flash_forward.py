@@ -80,16 +80,13 @@ def forward(
 
     t0 = block * BLOCK_M
     t = t0 + tl.arange(0, BLOCK_M)
-    shift = keys - queries
-    position = (t + shift)[:, None]
+    position = (t + (keys - queries))[:, None]
     q_id = tl.load(row.q_ids + t, t < queries, other=0)[:, None] if q_ids_ptr is not None else 0
     q = tile(q_ptr + b * q_b + h * q_h, q_t, t0, queries, D, BLOCK_M, BLOCK_D, True, WIDEN)
     k_ptr += b * k_b + g * k_h
     v_ptr += b * v_b + g * v_h
 
-    last = tl.minimum(t0 + BLOCK_M, queries) - 1
-    reach = tl.where(t0 < queries, keys, 0)  # a block of padding visits nothing
-    start, full_start, full_stop, stop = spans(t0 + shift, last + shift, reach, left, right, BLOCK_N)
+    start, full_start, full_stop, stop = spans(t0, queries, keys, left, right, BLOCK_M, BLOCK_N, False)
     at = b * blocks + block
     start, full_start, full_stop, stop = meeting(list_ptr, counts_ptr, at, start, full_start, full_stop, stop)
     if list_ptr is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._launch import jit, tl, triton
+from ._softcap import tanh
 
 
 class Row(NamedTuple):
@@ -47,22 +48,29 @@ def in_use(lengths_ptr, b, size):
 
 
 @jit
-def spans(first, last, length, back, ahead, BLOCK: tl.constexpr):
-    """The other side's blocks that own rows first..last meet, as block numbers (start, full_start, full_stop, stop).
+def spans(first, length, other_length, back, ahead, BLOCK: tl.constexpr, OTHER: tl.constexpr, OWN_KEYS: tl.constexpr):
+    """The other side's blocks that own rows first .. first + BLOCK meet, as (start, full_start, full_stop, stop).
 
-    Own row p sees other rows p - back to p + ahead that lie in [0, length). In [full_start, full_stop) every own row
-    sees the whole block. Bounds are clamped before they are divided: Triton's // rounds towards zero, Python's down.
+    Of the own side `length` rows are in use, and row i sees the other side's rows p - back to p + ahead that lie in
+    [0, other_length), where p = i + other_length - length. In [full_start, full_stop) every own row sees the whole
+    block. Bounds are clamped before they are divided: Triton's // rounds towards zero, Python's down.
     """
-    start, stop, full_start, full_stop = 0, length, 0, length
+    shift = other_length - length
+    low, high = first + shift, tl.minimum(first + BLOCK, length) - 1 + shift  # positions of the first and the last row
+    other_length = tl.where(first < length, other_length, 0)  # a block of padding visits nothing
+    start, stop, full_start, full_stop = 0, other_length, 0, other_length
     if back is not None:
-        start = tl.maximum(first - back, 0) // BLOCK
-        full_start = tl.cdiv(tl.maximum(last - back, 0), BLOCK)
+        start = tl.maximum(low - back, 0) // OTHER
+        full_start = tl.cdiv(tl.maximum(high - back, 0), OTHER)
     if ahead is not None:
-        stop = tl.maximum(tl.minimum(last + ahead + 1, length), 0)
-        full_stop = tl.maximum(tl.minimum(first + ahead + 1, length), 0)
-    stop, full_stop = tl.cdiv(stop, BLOCK), full_stop // BLOCK
+        stop = tl.maximum(tl.minimum(high + ahead + 1, other_length), 0)
+        full_stop = tl.maximum(tl.minimum(low + ahead + 1, other_length), 0)
+    stop, full_stop = tl.cdiv(stop, OTHER), full_stop // OTHER
     full_start = tl.minimum(full_start, stop)
-    return start, full_start, tl.maximum(full_stop, full_start), stop
+    full_stop = tl.maximum(full_stop, full_start)
+    if OWN_KEYS:  # keys beyond the row's end are in the tile, and only a mask keeps them out of the sums
+        full_stop = tl.where(first + BLOCK > length, full_start, full_stop)
+    return start, full_start, full_stop, stop
 
 
 @jit
@@ -83,16 +91,6 @@ def tile(
     if WIDEN:  # the interpreter's product of bf16 tiles is silently wrong
         x = x.to(tl.float32)
     return x
-
-
-@jit
-def tanh(x):
-    """Odd series near 0, where 1 - exp(-2|x|) would cancel; its next term is below 1e-8 at the seam."""
-    y = x * x
-    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
-    e = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2|x|), which cannot overflow
-    far = (1 - e) / (1 + e)
-    return tl.where(y < 0.0625, series, tl.where(x < 0, -far, far))
 
 
 @jit
@@ -150,12 +148,7 @@ def _list_tiles(
     pid = tl.program_id(0)
     b, first = pid // blocks, pid % blocks * BLOCK
     length, other_length = in_use(lengths_ptr, b, length), in_use(other_lengths_ptr, b, other_length)
-    last = tl.minimum(first + BLOCK, length) - 1
-    shift = other_length - length  # own index -> position on the other side, whichever side is the keys'
-    start, full_start, full_stop, stop = spans(first + shift, last + shift, other_length, back, ahead, OTHER)
-    if OWN_KEYS:  # keys beyond the row's end are in the tile, and only a mask keeps them out of the sums
-        full_stop = tl.where(first + BLOCK > length, full_start, full_stop)
-
+    start, full_start, full_stop, stop = spans(first, length, other_length, back, ahead, BLOCK, OTHER, OWN_KEYS)
     low, high = tl.load(low_ptr + pid), tl.load(high_ptr + pid)
     found = 0
     for kind in tl.static_range(2):

@@ -56,8 +56,8 @@ def runs_triton(*tensors: Tensor) -> bool:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [M, N] itself if its features lie side by side (rows may be any distance apart, even none), else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    """x [..., N] itself if its features lie side by side (rows may be any distance apart, even none), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def common_integers(x: Tensor) -> Tensor:

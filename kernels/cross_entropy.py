@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from ._flash_tiles import tanh
 from ._labels import checked
-from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, triton, tuned
+from ._launch import POINTERS, AotCase, architecture, as_rows, jit, runs_triton, shipped, tl, tuned
+from ._scale_rows import row_stride, scale_rows_aot_cases, scaled
+from ._softcap import tanh
 
 
 def cross_entropy_reference(
@@ -140,18 +141,6 @@ def _cross_entropy(
             tl.store(grad_ptr + col, g, col < V)
 
 
-@jit
-def _scale_rows(x_ptr, factor_ptr, factor_stride, V, blocks, BLOCK: tl.constexpr):
-    # x [M, V] *= factor, a block of one row at a time, without touching x where the factor is 1: what backward() sends.
-    pid = tl.program_id(0)
-    row = (pid // blocks).to(tl.int64)
-    col = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    factor = tl.load(factor_ptr + row * factor_stride)
-    inside = col < tl.where(factor == 1.0, 0, V)
-    x = tl.load(x_ptr + row * V + col, inside, other=0.0).to(tl.float32)
-    tl.store(x_ptr + row * V + col, x * factor, inside)
-
-
 def launch(
     logits: Tensor, targets: Tensor, weight: Tensor, losses: Tensor, grad: Tensor | None,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
@@ -165,7 +154,7 @@ def launch(
     assert logits.stride(1) == 1 and (grad is None or grad.stride(1) == 1)
     _cross_entropy[(M,)](
         logits, out, targets, weight, losses,
-        logits.stride(0), out.stride(0), targets.stride(0), _row_stride(weight, M), V,
+        logits.stride(0), out.stride(0), targets.stride(0), row_stride(weight, M), V,
         ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0),
         SOFTCAP=softcap is not None, SMOOTHING=label_smoothing != 0, Z_LOSS=z_loss != 0, GRADIENT=grad is not None,
         **tuned("cross_entropy", architecture(logits.device), _shape_class(V), logits.dtype),
@@ -179,19 +168,9 @@ def _op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """logits [M, V], targets [M], weight [M] or [1] fp32 -> losses [M] or their sum, gradient [M, V] or [0]."""
     losses, grad = _outputs(logits, gradient)
-    rows = logits if logits.stride(1) == 1 else logits.contiguous()
     out = grad if gradient else None
-    launch(rows, targets, weight, losses, out, ignore_index, label_smoothing, z_loss, softcap)
+    launch(as_rows(logits), targets, weight, losses, out, ignore_index, label_smoothing, z_loss, softcap)
     return losses.sum() if summed else losses, grad
-
-
-@custom_op("minillm::scale_rows_", mutates_args=("x",))
-def _scale_rows_op(x: Tensor, factor: Tensor) -> None:
-    """x [M, V] contiguous *= factor, fp32, one per row [M] or one for all []."""
-    M, V = x.shape if factor.ndim else (1, x.numel())  # one factor for all: the rows are one
-    choice = tuned("scale_rows", architecture(x.device), "any", x.dtype)
-    blocks = triton.cdiv(V, choice["BLOCK"])
-    _scale_rows[(M * blocks,)](x, factor, _row_stride(factor, M), V, blocks, **choice)
 
 
 def _outputs(logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -217,18 +196,6 @@ def _backward(ctx, upstream: Tensor | None, _: None):
     if upstream is None:
         return (None,) * 9
     return scaled(*ctx.saved_tensors, upstream), *[None] * 8
-
-
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """A saved gradient [M, N] times factor, fp32 [M] or []; for use in a backward pass alone.
-
-    The saved tensor is nobody else's, so it is scaled where it lies; not while tracing, nor where the graph is kept
-    for another backward pass, which needs it as it was.
-    """
-    if type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
-        _scale_rows_op(grad, factor)
-        return grad
-    return (grad * factor.reshape(-1, 1)).to(grad.dtype)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -257,7 +224,7 @@ def cross_entropy(
     on a GPU such a label makes the loss NaN. fp64 logits take the reference.
     """
     options = (label_smoothing, z_loss, softcap)
-    if not runs_triton(logits, targets) or logits.dtype == torch.float64:
+    if not runs_triton(logits, targets):
         names = dict(zip(("label_smoothing", "z_loss", "softcap"), options, strict=True))
         return cross_entropy_reference(logits, targets, ignore_index=ignore_index, reduction=reduction, **names)
     targets = checked(logits.shape, logits.dtype, targets, ignore_index, label_smoothing, softcap, reduction)
@@ -271,11 +238,6 @@ def cross_entropy(
     return _op(logits, targets, weight / count, ignore_index, *options, True, gradient)[0]
 
 
-def _row_stride(x: Tensor, M: int) -> int:
-    """Stride that walks x [M], or stays on its one element."""
-    return x.stride(0) if x.ndim and x.shape[0] == M else 0
-
-
 def _shape_class(V: int) -> str:
     """v1024, v4096: the row fits into one block of that size; large: it takes several."""
     return next((f"v{size}" for size in (1024, 4096) if size >= V), "large")
@@ -286,11 +248,7 @@ def aot_cases(arch: str) -> Iterator[AotCase]:
     for key, choice in shipped("cross_entropy", arch).items():
         for options in (False, True):
             yield _aot_case(key, dict(choice), options)
-    for key, choice in shipped("scale_rows", arch).items():
-        pointer, numbers = POINTERS[key.split("/")[1]], {"factor_stride": "i32", "V": "i32:16", "blocks": "i32"}
-        signature = {"x_ptr": pointer, "factor_ptr": "*fp32:16", **numbers, "BLOCK": "constexpr"}
-        options = {name: value for name, value in choice.items() if name != "BLOCK"}
-        yield AotCase(f"scale_rows/{key}", _scale_rows, signature, {"BLOCK": choice["BLOCK"]}, options)
+    yield from scale_rows_aot_cases(arch)
 
 
 def _aot_case(key: str, choice: dict[str, int], options: bool) -> AotCase:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ._flash_launch import WIDEST, Window, check, head_constants, rows
-from ._flash_tiles import in_use, tanh, tile
+from ._flash_tiles import in_use, tile
 from ._launch import (
     POINTERS,
     AotCase,
@@ -38,6 +38,7 @@ from ._launch import (
     triton,
     tuned,
 )
+from ._softcap import tanh
 from .flash_attention import flash_attention_reference
 
 MOST_SPLITS = 128
@@ -57,11 +58,11 @@ def decode_attention_reference(
     """The definition, with the whole score matrix in memory: at least fp32 inside, q.dtype outside."""
     _check(q, k_cache, v_cache, lengths, window, softcap, alibi_slopes)
     S = k_cache.shape[2]
-    in_use = (torch.arange(S, device=q.device) < lengths.long()[:, None])[:, None, :, None]  # [B, 1, S, 1]
+    used = (torch.arange(S, device=q.device) < lengths.long()[:, None])[:, None, :, None]  # [B, 1, S, 1]
     return flash_attention_reference(
         q,
-        torch.where(in_use, k_cache, 0),  # a buffer's unused part may hold anything, NaN included
-        torch.where(in_use, v_cache, 0),
+        torch.where(used, k_cache, 0),  # a buffer's unused part may hold anything, NaN included
+        torch.where(used, v_cache, 0),
         causal=True,
         window=window,
         scale=scale,
@@ -227,7 +228,7 @@ def decode_attention(
     Raises ValueError where shapes, dtypes, devices or options do not fit together and, on a CPU, for lengths outside
     0 to S_max; on a GPU those make the row NaN. fp64, and head widths above 256, take the reference.
     """
-    if not runs_triton(q, k_cache, v_cache, lengths) or q.dtype == torch.float64 or q.shape[-1] > WIDEST:
+    if not runs_triton(q, k_cache, v_cache, lengths) or q.shape[-1] > WIDEST:
         return decode_attention_reference(
             q,
             k_cache,

@@ -31,7 +31,8 @@ from torch.library import custom_op
 
 from ._labels import checked
 from ._launch import runs_triton
-from .cross_entropy import cross_entropy_reference, launch, scaled
+from ._scale_rows import scaled
+from .cross_entropy import cross_entropy_reference, launch
 
 CHUNK_TOKENS, CHUNK_ELEMENTS = 8192, 2**29
 
@@ -187,7 +188,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not runs_triton(hidden, weight, targets) or hidden.dtype == torch.float64:
+    if not runs_triton(hidden, weight, targets):
         return linear_cross_entropy_reference(
             hidden,
             weight,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ._launch import POINTERS, AotCase, architecture, jit, runs_triton, shipped, tl, triton, tuned
+from ._launch import POINTERS, AotCase, architecture, as_rows, jit, runs_triton, shipped, tl, triton, tuned
 from ._rope_norm import load_angles, norm_backward
 
 WIDEST = 512  # a head of this width fits into registers; wider ones go through the reference
@@ -136,14 +136,9 @@ def _head_class(D: int) -> str:
     return f"d{max(16, triton.next_power_of_2(D))}"
 
 
-def _unit_features(x: Tensor) -> Tensor:
-    """x itself if its last dimension lies side by side, else a copy; the other strides may be anything."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _empty_pair(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs laid out as the inputs, so that heads stay where the projections' views have them."""
-    return torch.empty_like(_unit_features(q)), torch.empty_like(_unit_features(k))
+    return torch.empty_like(as_rows(q)), torch.empty_like(as_rows(k))
 
 
 def _launch(
@@ -152,7 +147,7 @@ def _launch(
     q_out, k_out = _empty_pair(q, k)
     if q.numel() + k.numel() == 0:
         return q_out, k_out
-    q, k, cos, sin = _unit_features(q), _unit_features(k), cos.contiguous(), sin.contiguous()
+    q, k, cos, sin = as_rows(q), as_rows(k), cos.contiguous(), sin.contiguous()
     qw, kw = (w.contiguous() for w in weights) if weights else (cos, cos)
     (B, H, T, D), G = q.shape, k.shape[1]
     choice = tuned("rope", architecture(q.device), _head_class(D), q.dtype)
@@ -202,7 +197,7 @@ def _rope_norm_backward(
     dq, dk = _empty_pair(q, k)
     if q.numel() + k.numel() == 0:
         return dq, dk, *(q.new_zeros(D, dtype=torch.float32) for _ in range(2))  # outputs must not share memory
-    dq_out, dk_out, q, k = (_unit_features(x) for x in (dq_out, dk_out, q, k))
+    dq_out, dk_out, q, k = (as_rows(x) for x in (dq_out, dk_out, q, k))
     cos, sin, qw, kw = (x.contiguous() for x in (cos, sin, q_weight, k_weight))
     choice = tuned("rope_norm_backward", architecture(q.device), _head_class(D), q.dtype)
     q_groups, k_groups = triton.cdiv(H, choice["HEADS"]), triton.cdiv(G, choice["HEADS"])

@@ -53,6 +53,8 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("g *= 1.0 - ratio * ratio", "g *= 1.0 - ratio"),
         ("known = counts & (y >= 0) & (y < V)", "known = counts & (y >= 0)"),
         ("x_ptr += row * x_stride", "x_ptr += row * V"),
+    ],
+    ("_scale_rows.py", "test_cross_entropy.py"): [
         ("factor = tl.load(factor_ptr + row * factor_stride)", "factor = tl.load(factor_ptr)"),
     ],
     ("linear_cross_entropy.py", "test_linear_cross_entropy.py"): [
@@ -129,9 +131,11 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("seen & (s <= position + row.right)", "seen & (s < position + row.right)"),
         ("seen & (q_id == kv_id)", "seen & (q_id >= kv_id)"),
         ("score * row.factor - row.slope", "score * row.factor + row.slope"),
+        ("full_stop = tl.maximum(tl.minimum(low + ahead + 1,", "full_stop = tl.maximum(tl.minimum(high + ahead + 1,"),
+        ("stop = tl.maximum(tl.minimum(high + ahead + 1,", "stop = tl.maximum(tl.minimum(high + ahead,"),
+    ],
+    ("_softcap.py", "test_flash_attention.py"): [
         ("x * (1 + y * (-1 / 3", "x * (1 + y * (1 / 3"),
-        ("full_stop = tl.maximum(tl.minimum(first + ahead + 1,", "full_stop = tl.maximum(tl.minimum(last + ahead + 1,"),
-        ("stop = tl.maximum(tl.minimum(last + ahead + 1,", "stop = tl.maximum(tl.minimum(last + ahead,"),
     ],
     ("_flash_backward.py", "test_flash_attention.py"): [
         ("ds = (slope * (dp - delta))", "ds = (slope * dp)"),

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cross_entropy import _op, _scale_rows_op, cross_entropy, cross_entropy_reference
+from kernels._scale_rows import scale_rows
+from kernels.cross_entropy import _op, cross_entropy, cross_entropy_reference
 from tests.kernels.budget import GRADIENT, OUTPUT, assert_within_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -240,9 +241,9 @@ def test_opcheck():
     logits.requires_grad_()
     torch.library.opcheck(_op, (logits, targets, torch.ones(1), IGNORE, 0.1, 0.1, 3.0, True, True))
     torch.library.opcheck(_op, (logits, targets, torch.ones(4), IGNORE, 0.0, 0.0, None, False, True))
-    torch.library.opcheck(_scale_rows_op, (logits.detach(), torch.tensor(2.0)))
+    torch.library.opcheck(scale_rows, (logits.detach(), torch.tensor(2.0)))
     x = logits.detach().clone()
-    _scale_rows_op(x, torch.tensor([1.0, 2.0, 0.0, -1.0]))
+    scale_rows(x, torch.tensor([1.0, 2.0, 0.0, -1.0]))
     assert torch.equal(x, logits.detach() * torch.tensor([[1.0], [2.0], [0.0], [-1.0]], dtype=x.dtype))
 
 
