@@ -29,10 +29,10 @@ def encode_with_offsets(tokenizer: TaskTokenizer, record: Record, text: str) -> 
         ids = tokenizer.encode(text)
     except ValueError as error:
         record.fail(str(error))
-    ends = np.cumsum([len(tokenizer.token_bytes[i]) for i in ids], dtype=np.int64)
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ids)]
+    sizes = np.array([len(tokenizer.token_bytes[i]) for i in ids], np.int64)
     data = np.frombuffer(text.encode(), np.uint8)
-    if (ends[-1] if len(ends) else 0) != len(data):
+    if sizes.sum() != len(data):
         record.fail("the tokenizer does not keep every byte of the text, so no place in it can be found")
+    ends = np.cumsum(sizes)
     character = np.cumsum((data & 0xC0) != 0x80) - 1  # of each byte
-    return ids, np.stack([character[starts], character[ends - 1] + 1], 1).reshape(-1, 2)
+    return ids, np.stack([character[ends - sizes], character[ends - 1] + 1], 1)

@@ -133,7 +133,7 @@ class SpanQA(Task):
     def _given(self, found: Sequence[Answer], model: Any) -> list[str]:
         threshold = float(model.threshold[0])
         lead = 0.0 if np.isnan(threshold) else threshold
-        return [a.text if not self.unanswerable or a.score - a.null > lead else "" for a in found]
+        return [a.text if not self.unanswerable or a.score - a.null >= lead else "" for a in found]
 
     def tuned_metrics(self, model: Any, data: SpanData, means: Means, start: nn.Module | None) -> dict[str, float]:
         found, golden = self._found(model, data), _golden(data.examples)

@@ -30,12 +30,13 @@ def labelled(*labels) -> list[Record]:
 
 
 def test_names_whole_numbers_and_booleans_are_classes() -> None:
-    examples = read_classify(labelled("b", "a", "b"))
+    examples = read_classify(labelled("b", "a", " b "))
     labels = label_set(examples)
     assert labels == Labels(("a", "b"))
     assert classify_targets(examples, labels).tolist() == [1, 0, 1]
     assert labels.counts(examples).tolist() == [1, 2]
     assert label_set(read_classify(labelled(10, 9, -1))).names == ("-1", "9", "10")
+    assert label_set(read_classify(labelled(10, "x", 9))).names == ("10", "9", "x")  # not all of them numbers
     assert label_set(read_classify(labelled(True, False))).names == ("false", "true")
     assert label_set(read_classify(labelled("②", "①", "--3"))).names == ("--3", "①", "②")  # digits, but no numbers
     alike = [label_set(read_classify(labelled(*names))).names for names in permutations(["1", "01", "001", "0001"])]
@@ -131,6 +132,13 @@ def test_the_longer_text_is_cut(pieces: tuple[int, int], expected: tuple[int, in
     assert rows_of(data, tokenizer)[0].rstrip("_") == "<" + body
     assert data.truncated == int(pieces != expected)
     assert data.batch(np.array([0]), np.array([0])).counted == 0  # nothing to learn without labels
+
+
+def test_a_context_without_room_for_a_text_is_refused() -> None:
+    examples = read_classify(records({"text": "abc" * 9}), labelled=False)
+    assert len(TextData(examples, None, PieceTokenizer(), context=4).rows[0]) == 4
+    with pytest.raises(UserError, match="a context of 3 leaves no room"):
+        TextData(examples, None, PieceTokenizer(), context=3)
 
 
 def test_what_the_tokenizer_refuses_is_named() -> None:

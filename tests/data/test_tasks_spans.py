@@ -3,13 +3,16 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from minillm.config import UserError
 from minillm.data.records import Record
-from minillm.data.spans import SpanData, SpanExample, read_spans
+from minillm.data.spans import Answer, SpanData, SpanExample, read_spans
+from minillm.tasks.words import SpanQA
 
 from .task_tokenizer import PieceTokenizer
 
@@ -35,6 +38,7 @@ EXPECTED = [("q1", "Who barked?", CONTEXT, (("A dog", 24),)), ("q2", "Who purred
         ("s.json", json.dumps(squad(DOG, NOBODY))),
         ("s.json", json.dumps(squad(DOG, {**NOBODY, "plausible_answers": [{"text": "The cat", "answer_start": 0}]}))),
         ("s.json", json.dumps([flat(DOG), flat(NOBODY)])),
+        ("s.json", json.dumps([flat(DOG), {**flat(DOG), **NOBODY, "answers": DOG["answers"]}])),
         ("s.jsonl", "\n".join(json.dumps(flat(question)) for question in (DOG, NOBODY))),
         ("s.jsonl", json.dumps(flat({**DOG, "answers": {"text": ["A dog"], "answer_start": [24]}})) + "\n"
          + json.dumps(flat({**NOBODY, "answers": {"text": [], "answer_start": []}}))),
@@ -43,6 +47,7 @@ EXPECTED = [("q1", "Who barked?", CONTEXT, (("A dog", 24),)), ("q2", "Who purred
 def test_every_format(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert [(e.key, e.question, e.context, e.answers) for e in read_spans(tmp_path / name)] == EXPECTED
+    assert [e.answers for e in read_spans(tmp_path / name, labelled=False)] == [(), ()]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,8 @@ def test_the_targets_spell_the_answer(context: int, answer: str) -> None:
     assert found.score == 10.0 and found.null == (0.0 if len(data.examples) == len(data) else found.null)
     assert none.score == 0.0 and none.null == 10.0
     assert data.truncated == data.dropped == 0
+    inside = SpanData([example("Who?", "nob")], PieceTokenizer(), context=context)  # the word goes on behind it
+    assert inside.answers(*perfect(inside))[0].text == "nob"
 
 
 def test_rows_targets_and_token_types() -> None:
@@ -162,3 +169,11 @@ def test_the_best_span_lies_in_order_and_is_not_endless() -> None:
     start[begin], end[begin + 40] = 6.0, 7.0  # 41 words are too many
     (found,) = data.answers([start], [end])
     assert (found.text, found.score, found.null) == ("w0 w1 w2 w3", 14.0, 3.0)
+
+
+def test_an_answer_whose_lead_reaches_the_threshold_is_given() -> None:
+    """As the threshold was tuned: see `best_null_threshold`."""
+    task, found = SpanQA(), [Answer("noon", 3.0, 1.0), Answer("dog", 2.75, 1.0)]
+    assert task._given(found, SimpleNamespace(threshold=torch.tensor([2.0]))) == ["noon", "dog"]
+    task.unanswerable = True
+    assert task._given(found, SimpleNamespace(threshold=torch.tensor([2.0]))) == ["noon", ""]

@@ -9,6 +9,7 @@ import pytest
 from minillm.config import UserError
 from minillm.data.batch import IGNORED
 from minillm.data.labels import Labels
+from minillm.data.offsets import encode_with_offsets
 from minillm.data.records import Record
 from minillm.data.tags import TagData, TagExample, read_tags, tag_set
 
@@ -137,6 +138,24 @@ class Bytes(PieceTokenizer):
 
     def encode(self, text: str) -> list[int]:
         return [4 + byte for byte in text.encode()]
+
+
+class Forgetful(PieceTokenizer):
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text)[1:]
+
+
+def test_offsets_are_characters() -> None:
+    record = Record("f:1", {})
+    _, offsets = encode_with_offsets(PieceTokenizer(), record, "ab é北京xy")
+    assert offsets.tolist() == [[0, 2], [2, 6], [6, 8]]
+    _, offsets = encode_with_offsets(Bytes(), record, "é北")
+    assert offsets.tolist() == [[0, 1]] * 2 + [[1, 2]] * 3
+    assert encode_with_offsets(Bytes(), record, "")[1].shape == (0, 2)
+    with pytest.raises(UserError, match="f:1: the tokenizer does not keep every byte of the text"):
+        encode_with_offsets(Forgetful(), record, "abc d")
+    with pytest.raises(UserError, match="f:1: the snowman"):
+        encode_with_offsets(PieceTokenizer(), record, "\N{SNOWMAN}")
 
 
 def test_pieces_of_characters_belong_to_their_word() -> None:

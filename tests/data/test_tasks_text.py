@@ -11,6 +11,7 @@ from minillm.data.chat import ChatData, pack_rows, read_chat
 from minillm.data.preference import PreferenceData, read_preferences
 from minillm.data.records import Record
 from minillm.data.seq2seq import PairData, Sides, read_pairs
+from tokenizer import chat as template
 
 from .task_tokenizer import PieceTokenizer, encode_chat
 
@@ -48,7 +49,7 @@ def test_instructions_become_a_question_and_its_answer() -> None:
     (first, second) = read_chat(
         records(
             {"instruction": "Spell.", "input": "freind", "output": "friend"},
-            {"instruction": "Go.", "input": "", "output": "No."},
+            {"instruction": "Go.", "input": " \n", "output": "No."},
         )
     )
     assert [message["content"] for message in first.messages] == ["Spell.\nfreind", "friend"]
@@ -92,6 +93,7 @@ def test_packing_fits_and_is_tight() -> None:
         ({"instruction": "x"}, "f.jsonl:1: has no 'output'"),
         ({"instruction": " ", "output": "y"}, "f.jsonl:1: 'instruction' is empty"),
         ({"messages": "x"}, 'f.jsonl:1: "messages" is no list of objects'),
+        ({"messages": ["x"]}, 'f.jsonl:1: "messages" is no list of objects'),
         ({"messages": [{"role": "user"}]}, "f.jsonl:1: message 0 has no 'content'"),
         (turns("x", ""), "f.jsonl:1: 'content of message 1' is empty"),
         (turns("x"), "f.jsonl:1: has no message of the assistant"),
@@ -103,6 +105,12 @@ def test_packing_fits_and_is_tight() -> None:
 def test_what_is_no_conversation_is_named(fields: dict, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         chat(PieceTokenizer(), fields, context=32)
+
+
+def test_content_that_is_no_string_is_named_by_the_template() -> None:
+    examples = read_chat(records({"messages": [*turns("x")["messages"], {"role": "assistant", "content": 1}]}))
+    with pytest.raises(UserError, match=r"f.jsonl:1: message 1 has content that is no string: 1"):
+        ChatData(examples, partial(template.encode_chat, None), pad_id=1, context=32)
 
 
 def test_replies_that_the_context_cuts() -> None:
@@ -169,7 +177,7 @@ def test_a_decoders_row_is_shared(source: int, target: int, kept_source: int, ke
     fields = {"source": "aaa" * source, "target": "bbb" * target}
     data = pairs(tokenizer, fields, *[{"source": "a", "target": "b"}] * 30, context=16, sides=None)
     assert len(data.sources[0]) - 2 == kept_source
-    assert len(data.targets[0]) == kept_target + (not cut)
+    assert len(data.targets[0]) == kept_target + (not cut) and data.lost[0] == source - kept_source
     assert (data.cut, data.truncated) == (cut, int(cut or kept_source < source))
     assert len(data.sources[0] + data.targets[0]) - 1 <= 16
 
@@ -187,6 +195,7 @@ def test_an_encoder_decoder_has_room_for_each() -> None:
 def test_pairs_to_predict_and_pairs_that_are_none() -> None:
     data = pairs(PieceTokenizer(), {"source": "aaa"}, context=16, sides=None)
     assert len(data.sources[0]) == 3 and data.targets == [[]]
+    assert pairs(PieceTokenizer(), {"source": "aaa"}, context=16, sides=Sides([3, 2], [2], [3])).targets == [[]]
     with pytest.raises(UserError, match=r"f.jsonl:1: has no 'target', only 'source', 'goal'"):
         read_pairs(records({"source": "a", "goal": "b"}))
     with pytest.raises(UserError, match=r"f.jsonl:2: 'target' is empty"):
@@ -227,6 +236,8 @@ def test_pairs_that_prefer_nothing() -> None:
         preferences(tokenizer, good, long, context=16)
     data = preferences(tokenizer, good, long, {**long, "prompt": "a" * 60}, context=16, cut_limit=0.9)
     assert (len(data), data.dropped, data.truncated) == (2, 1, 2)
+    assert [len(ids) for ids, _ in data.rows] == [len(targets) for _, targets in data.rows] == [6, 6, 6, 16]
+    assert preferences(tokenizer, {**good, "rejected": "c" * 33}, context=16).truncated == 0  # fits, its end included
     for fields, problem in (
         ({"prompt": "a", "chosen": "b"}, "f.jsonl:1: has no 'rejected'"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "f.jsonl:1: 'chosen' is empty"),
