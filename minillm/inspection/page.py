@@ -8,96 +8,24 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import Any
 
-STYLE = """
-:root { --paper: #fcfcfa; --ink: #20242a; --soft: #646b75; --hair: #e4e4df; --panel: #f4f4f0;
-  --mark: #1f5fa8; --good: #2c7a4b; --bad: #a8452c; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e3e5e8; --soft: #969da7; --hair: #2c3138;
-  --panel: #1c2026; --mark: #7db3ef; --good: #7cc596; --bad: #e59a82; } }
-* { box-sizing: border-box; }
-html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; padding: 3.5rem 1.5rem 3rem; max-width: 68rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; }
-h1, h2 { font-family: Charter, "Bitstream Charter", "Iowan Old Style", Cambria, Georgia, "Liberation Serif", serif; }
-h1 { margin: 0; font-size: 2.4rem; line-height: 1.15; font-weight: 600; overflow-wrap: anywhere; }
-h2 { margin: 3.2rem 0 0.9rem; font-size: 1.35rem; font-weight: 600; }
-p { margin: 0 0 1rem; max-width: 42rem; } .over, .under { color: var(--soft); font-size: 0.85rem; margin: 0.4rem 0; }
-.text, td.token, .large span, .readout { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.text { line-height: 2.1; overflow-wrap: anywhere; }
-.text span { padding: 0.2rem 0; border-right: 1px solid var(--paper); white-space: pre-wrap; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.82rem; }
-th, td { padding: 0.15rem 0.6rem; text-align: left; border-bottom: 1px solid var(--hair); white-space: nowrap; }
-th { color: var(--soft); font-weight: 400; } td.number { text-align: right; }
-.bar { display: inline-block; height: 0.6rem; background: var(--mark); border-radius: 1px; }
-.grid { display: grid; gap: 0.35rem; width: max-content; align-items: center; font-size: 0.75rem; color: var(--soft); }
-.grid button { width: 4.4rem; height: 4.4rem; padding: 0; border: 1px solid var(--hair); background: var(--panel);
-  cursor: pointer; }
-.grid button[aria-pressed=true] { outline: 2px solid var(--mark); }
-canvas { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
-.large { display: grid; grid-template: max-content 1fr / max-content 1fr; width: min(100%, 50rem); margin-top: 1.5rem; }
-.large .keys, .large .queries { display: flex; font-size: 0.62rem; line-height: 1; color: var(--soft); }
-.large .keys { grid-column: 2; } .large .queries { grid-column: 1; flex-direction: column; }
-.large .keys span { flex: 1 1 0; width: 0; writing-mode: vertical-rl; transform: rotate(180deg); display: flex;
-  align-items: center; }
-.large .queries span { flex: 1 1 0; height: 0; display: flex; align-items: center; justify-content: end; }
-.large span { padding: 0 0.25rem; white-space: pre; }
-.large div:last-child { aspect-ratio: 1; border: 1px solid var(--hair); background: var(--panel); }
-.readout { min-height: 1.6em; font-size: 0.85rem; }
-@media print { body { padding: 0; max-width: none; font-size: 10pt; } h2 { break-after: avoid; } }
-""".strip()
+from minillm.inspection.flow import flow_section
+from minillm.inspection.style import SCRIPT, STYLE
 
-SCRIPT = """
-const maps = document.querySelector(".maps"), tokens = JSON.parse(maps.dataset.tokens), T = tokens.length;
-const weights = Uint8Array.from(atob(maps.dataset.weights), letter => letter.charCodeAt(0));
-const mark = getComputedStyle(document.documentElement).getPropertyValue("--mark").trim();
-const rgb = [1, 3, 5].map(i => parseInt(mark.slice(i, i + 2), 16));
-function draw(canvas, map) {
-  canvas.width = canvas.height = T;
-  const image = new ImageData(T, T);
-  for (let i = 0; i < T * T; i++)
-    image.data.set([...rgb, Math.sqrt(weights[map * T * T + i] / 255) * 255], 4 * i);
-  canvas.getContext("2d").putImageData(image, 0, 0);
+READS = {
+    "encoder": "Encoder: the source reads itself",
+    "decoder": "Decoder: the text reads itself",
+    "cross": "Across: the text reads the source",
 }
-const buttons = [...maps.querySelectorAll("button")], readout = maps.querySelector(".readout");
-const large = maps.querySelector(".large canvas");
-let shown = 0;
-function show(map) {
-  shown = map;
-  draw(large, map);
-  buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === map));
-  readout.textContent = buttons[map].title;
-}
-for (const place of maps.querySelectorAll(".keys, .queries"))
-  for (const token of tokens) {
-    const label = document.createElement("span");
-    label.textContent = token.length > 12 ? token.slice(0, 11) + "…" : token;
-    place.append(label);
-  }
-buttons.forEach((button, i) => {
-  draw(button.firstChild, i);
-  button.addEventListener("click", () => show(i));
-});
-large.addEventListener("pointermove", event => {
-  const box = large.getBoundingClientRect(), place = share => Math.min(T - 1, Math.max(0, Math.floor(share * T)));
-  const key = place((event.clientX - box.left) / box.width), query = place((event.clientY - box.top) / box.height);
-  const share = (100 * weights[(shown * T + query) * T + key] / 255).toFixed(0);
-  const said = `${query} ${tokens[query]} takes ${share} % from ${key} ${tokens[key]}`;
-  readout.textContent = `${buttons[shown].title}: ${said}`;
-});
-large.addEventListener("pointerleave", () => readout.textContent = buttons[shown].title);
-show(0);
-""".strip()
-
+"""What each kind of attention does, where a model has more than one."""
 _VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 def page(model: str, found: dict[str, Any]) -> str:
-    """The whole file. `found`: what `inspect` returns, and `text_tokens` and `read_tokens` of the text."""
+    """The whole file. `found`: what `inspect` returns, and `text_tokens` and `read_tokens` of each text."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
@@ -105,11 +33,14 @@ def page(model: str, found: dict[str, Any]) -> str:
     )
     read, of = found["read_tokens"], found["text_tokens"]
     cut = f" Only the first {read} of the text's {of} tokens were read (--max-tokens, or the context)." * (read < of)
-    kind = "each next token" if found["shape"] == "decoder" else "each token masked in turn (Salazar et al. 2020)"
+    if found["source"]:
+        read, of = found["source"]["read_tokens"], found["source"]["text_tokens"]
+        cut += f" Of the source the first {read} of {of} tokens were read." * (read < of)
+    kind = "each token masked in turn (Salazar et al. 2020)" if found["shape"] == "encoder" else "each next token"
     parts = [
         f'<p class="over">minillm inspect</p><h1>{html.escape(model)}</h1>'
         f"<p>{found['mean_bits']:.3f} bits a token: the mean loss on {kind}.{cut}</p>",
-        *(part(found) for part in (_text, _maps, _lens, _ablation, _gradients)),
+        *(part(found) for part in (_text, _maps, _lens, _ablation, flow_section)),
     ]
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Inside {html.escape(model)}</title>\n'
@@ -143,40 +74,67 @@ def _text(found: dict[str, Any]) -> str:
         else f'<span title="not scored">{_token(token)}</span>'
         for i, token in enumerate(found["tokens"])
     )
+    source = ""
+    if found["source"]:
+        tokens = "".join(f"<span>{_token(token)}</span>" for token in found["source"]["tokens"])
+        source = f'<p class="under">The encoder reads:</p><p class="text">{tokens}</p><p class="under">The decoder:</p>'
     return (
         "<h2>The loss of each token</h2><p>The stronger the shade, the more bits it took to say this token: −log₂ of "
         f"the probability that the model gave it (Shannon 1951). The strongest took {most:.1f}. The pointer on "
         "a token shows its own.</p>"
-        f'<p class="text">{"".join(spans)}</p>'
+        f'{source}<p class="text">{"".join(spans)}</p>'
     )
 
 
 def _maps(found: dict[str, Any]) -> str:
-    maps = found["attention"]
+    parts = "".join(
+        _headed(kind, found["attention"], _kind_maps(kind, maps, found)) for kind, maps in found["attention"].items()
+    )
+    return (
+        "<h2>Attention maps</h2><p>A row is a token that reads, a column one that is read; the weights of a row add "
+        "up to 1 (Vaswani et al. 2017, §3.2.1). The shade is the square root of the weight, so that small ones can be "
+        "seen. A click shows a map large. What is read is not yet what decides: that is what the ablation below "
+        f"asks (Jain and Wallace 2019).</p>{parts}"
+    )
+
+
+def _headed(kind: str, kinds: Collection[str], body: str) -> str:
+    """A part of a section, with a heading where there are several."""
+    return f"<h3>{READS[kind]}</h3>{body}" if len(kinds) > 1 else body
+
+
+def _kind_maps(kind: str, maps: Sequence[Any], found: dict[str, Any]) -> str:
+    """Small maps, one of them large, and the place for its labels: the script fills them."""
+    source = found["source"] or found
+    queries = (source if kind == "encoder" else found)["tokens"]
+    keys = (found if kind == "decoder" else source)["tokens"]
     flat = chain.from_iterable(row for layer in maps for head in layer for row in head)
     weights = base64.b64encode(bytes(round(255 * weight) for weight in flat)).decode()
-    tokens = html.escape(json.dumps([visible(token) for token in found["tokens"]], ensure_ascii=False))
+    names = " ".join(
+        f'data-{name}="{html.escape(json.dumps([visible(token) for token in tokens], ensure_ascii=False))}"'
+        for name, tokens in (("queries", queries), ("keys", keys))
+    )
     rows = "".join(
         f"<span>block {i}</span>"
         + "".join(f'<button title="block {i}, head {h}"><canvas></canvas></button>' for h in range(len(layer)))
         for i, layer in enumerate(maps)
     )
     heads = "".join(f"<span>head {h}</span>" for h in range(len(maps[0])))
+    shape = len(keys) / len(queries)
+    width = f"width:min(100%, {50 * min(1, shape):.1f}rem)"
     return (
-        "<h2>Attention maps</h2><p>A row is a token that reads, a column one that is read; the weights of a row add "
-        "up to 1 (Vaswani et al. 2017, §3.2.1). The shade is the square root of the weight, so that small ones can be "
-        "seen. A click shows a map large. What is read is not yet what decides: that is what the ablation below "
-        f'asks (Jain and Wallace 2019).</p><div class="maps" data-tokens="{tokens}" data-weights="{weights}">'
+        f'<div class="maps" {names} data-weights="{weights}">'
         f'<div class="wide"><div class="grid" style="grid-template-columns:repeat({len(maps[0]) + 1}, max-content)">'
-        f'<span></span>{heads}{rows}</div></div><div class="large"><div class="keys"></div><div class="queries"></div>'
-        '<div><canvas></canvas></div></div><p class="readout"></p></div>'
+        f'<span></span>{heads}{rows}</div></div><div class="large" style="{width}">'
+        '<div class="keys"></div><div class="queries"></div>'
+        f'<div style="aspect-ratio:{shape:.3f}"><canvas></canvas></div></div><p class="readout"></p></div>'
     )
 
 
 def _lens(found: dict[str, Any]) -> str:
     lens, tokens = found["lens"], found["tokens"]
     depths = ["embedding", *(f"block {i}" for i in range(len(lens) - 1))]
-    decoder = found["shape"] == "decoder"
+    decoder = found["shape"] != "encoder"
     rows = []
     for n, at in enumerate(found["scored"]):
         cells = [
@@ -205,8 +163,17 @@ def _bold(text: str, right: bool) -> str:
 
 
 def _ablation(found: dict[str, Any]) -> str:
-    changes: Sequence[Sequence[float]] = found["ablation_bits"]
-    most = max(abs(change) for layer in changes for change in layer) or 1.0
+    kinds = found["ablation_bits"]
+    most = max(abs(change) for changes in kinds.values() for layer in changes for change in layer) or 1.0
+    parts = "".join(_headed(kind, kinds, _ablation_table(changes, most)) for kind, changes in kinds.items())
+    return (
+        "<h2>Without a head</h2><p>Bits a token by which the loss rises where a head's output is set to zero, all else "
+        "as it is (Michel et al. 2019). Red: the head helps on this text; green: the text goes better without it. One "
+        f"text says little of a head in general.</p>{parts}"
+    )
+
+
+def _ablation_table(changes: Sequence[Sequence[float]], most: float) -> str:
     heads = "".join(f"<th>head {h}</th>" for h in range(len(changes[0])))
 
     def cell(change: float) -> str:
@@ -214,32 +181,4 @@ def _ablation(found: dict[str, Any]) -> str:
         return f'<td class="number" style="{shade}">{change:+.3f}</td>'
 
     rows = "".join(f"<tr><th>block {i}</th>{''.join(map(cell, layer))}</tr>" for i, layer in enumerate(changes))
-    return (
-        "<h2>Without a head</h2><p>Bits a token by which the loss rises where a head's output is set to zero, all else "
-        "as it is (Michel et al. 2019). Red: the head helps on this text; green: the text goes better without it. One "
-        'text says little of a head in general.</p><div class="wide"><table>'
-        f"<tr><th></th>{heads}</tr>{rows}</table></div>"
-    )
-
-
-def _gradients(found: dict[str, Any]) -> str:
-    streams, weights = found["gradient_norms"]["streams"], found["gradient_norms"]["weights"]
-
-    def cell(norm: float, most: float) -> str:
-        bar = f'<i class="bar" style="width:{12 * norm / (most or 1):.2f}rem"></i>'
-        return f'<td class="number">{norm:.2e}</td><td>{bar}</td>'
-
-    rows = "".join(
-        f"<tr><th>block {i}</th>{cell(streams[i], max(streams))}{cell(weights[i], max(weights))}</tr>"
-        for i in range(len(weights))
-    )
-    end = f"<tr><th>end</th>{cell(streams[-1], max(streams))}<td></td><td></td></tr>"
-    return (
-        "<h2>Gradient flow</h2><p>Norms of the gradient of the mean loss (in nats): at the stream that enters a block, "
-        "and of all the block's weights together. Bars of about one length let every block learn at one rate; bars "
-        "that shrink towards the first block tell of gradients that vanish (Glorot and Bengio 2010; Xiong et al. "
-        "2020). Norms divide by the size of the stream, so where it is small, as often at the first block, its "
-        "gradient is large.</p>"
-        f'<div class="wide"><table><tr><th></th><th colspan="2">at the input stream</th><th colspan="2">of the weights'
-        f"</th></tr>{rows}{end}</table></div>"
-    )
+    return f'<div class="wide"><table><tr><th></th>{heads}</tr>{rows}</table></div>'

@@ -14,7 +14,9 @@ import torch
 import tokenizer as tokenizers
 from minillm.commands import inspect as command
 from minillm.config import ModelConfig
+from minillm.inspection.gradients import blocks_alone, gradient_flow, without_additions
 from minillm.inspection.page import page, visible
+from minillm.inspection.reading import reading
 from minillm.loading import Opened
 from minillm.model.transformer import Transformer
 from tests.finetuning import base, minillm
@@ -57,11 +59,14 @@ class Text(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
+        self.maps: list[list[tuple[str, str | None]]] = []
         self.text = ""
         self.feed(source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if ("class", "maps") in attrs:
+            self.maps.append(attrs)
         self.attributes += attrs
 
     def handle_data(self, data: str) -> None:
@@ -91,16 +96,25 @@ def test_the_numbers_are_those_of_the_model(capsys, loaded) -> None:
         logits = model(torch.tensor([found["ids"]]))[0, :-1]
     bits = -logits.log_softmax(-1)[torch.arange(7), torch.tensor(found["ids"][1:])] / torch.tensor(2.0).log()
     assert found["bits"] == pytest.approx(bits.tolist(), rel=1e-4)
-    assert torch.tensor(found["attention"]).shape == (2, 2, 8, 8)
-    assert torch.tensor(found["ablation_bits"]).shape == (2, 2)
-    assert [len(found["gradient_norms"][part]) for part in ("streams", "weights")] == [3, 2]
+    assert torch.tensor(found["attention"]["decoder"]).shape == (2, 2, 8, 8)
+    assert torch.tensor(found["ablation_bits"]["decoder"]).shape == (2, 2)
+    flow = found["gradients"]["decoder"]
+    assert {name: len(values) for name, values in flow.items()} == dict.fromkeys(flow, 3) | {"weights": 2}
+    read = reading(model, found["ids"][1:], (found["ids"][:1], []), None)
+    with blocks_alone(model):
+        alone = gradient_flow(model, read)["decoder"]
+    with without_additions(model):
+        removed = gradient_flow(model, read)["decoder"]
+    assert flow["streams_blocks_alone"] == pytest.approx(alone.streams.tolist(), rel=1e-5)
+    assert flow["streams_without_additions"] == pytest.approx(removed.streams.tolist(), rel=1e-5)
+    assert flow["likeness_without_additions"] == pytest.approx(removed.likeness.tolist(), rel=1e-5)
 
 
 def test_an_encoder_is_read_too(capsys, loaded) -> None:
     loaded("encoder")
     found = json.loads(run(capsys, "--text", "the fox", "--json").out)
     assert found["shape"] == "encoder" and found["scored"] == [1, 2, 3, 4, 5, 6, 7]
-    assert min(found["attention"][0][0][0]) > 0  # the first token reads the last one
+    assert min(found["attention"]["encoder"][0][0][0]) > 0  # the first token reads the last one
     assert run(capsys, "--text", "the fox").code == 0
     assert "each token masked in turn" in Text(Path("inspect.html").read_text(encoding="utf-8")).text
 
@@ -110,6 +124,48 @@ def test_an_imported_encoder_reads_between_its_own_special_tokens(capsys, loaded
     found = json.loads(run(capsys, "--text", "the quick brown fox", "--max-tokens", "10", "--json").out)
     assert found["tokens"] == ["<|pad|>", *"the qui", "<|end|>", "<|end|>"]
     assert found["scored"] == list(range(1, 8))
+
+
+def test_an_encoder_decoder_reads_a_source_and_is_scored_on_a_target(capsys, loaded, tmp_path: Path) -> None:
+    model = loaded("encoder-decoder")
+    argv = ["--text", "the quick fox", "--target", "lazy dog"]
+    found = json.loads(run(capsys, *argv, "--json").out)
+    assert found["tokens"] == ["<|document|>", *"lazy dog"] and found["scored"] == list(range(1, 9))
+    assert found["source"]["tokens"] == list("the quick fox") and found["mean_bits"] > 0
+    with torch.no_grad():
+        source = torch.tensor([found["source"]["ids"]])
+        logits = model(torch.tensor([found["ids"]]), source=source)[0, :-1]
+    nats = -logits.log_softmax(-1)[torch.arange(8), torch.tensor(found["ids"][1:])]
+    assert found["bits"] == pytest.approx((nats / torch.tensor(2.0).log()).tolist(), rel=1e-4)
+    assert set(found["attention"]) == set(found["ablation_bits"]) == {"encoder", "decoder", "cross"}
+    assert torch.tensor(found["attention"]["cross"]).shape == (2, 2, 9, 13)
+    assert list(found["gradients"]) == ["encoder", "decoder"]
+
+    assert run(capsys, *argv).code == 0
+    shown = Text(Path("inspect.html").read_text(encoding="utf-8"))
+    assert "Across: the text reads the source" in shown.text and "each next token" in shown.text
+    axes = [(json.loads(dict(tag)["data-queries"]), json.loads(dict(tag)["data-keys"])) for tag in shown.maps]
+    text, source_tokens = [visible(t) for t in found["tokens"]], [visible(t) for t in found["source"]["tokens"]]
+    assert axes == [(source_tokens, source_tokens), (text, text), (text, source_tokens)]
+
+    (tmp_path / "pair.jsonl").write_text('{"source": "the quick fox", "target": "lazy dog"}\n')
+    assert json.loads(run(capsys, "--input", "pair.jsonl", "--json").out) == found
+    cut = run(capsys, *argv, "--max-tokens", "5", "--json")
+    assert cut.err == (
+        "note: --max-tokens leaves room for the first 5 of the source's 13 tokens\n"
+        "note: --max-tokens leaves room for the first 4 of the target's 8 tokens\n"
+    )
+    counts = json.loads(cut.out)
+    assert (counts["read_tokens"], counts["text_tokens"]) == (4, 8)
+    assert (counts["source"]["read_tokens"], counts["source"]["text_tokens"]) == (5, 13)
+
+
+def test_a_finetuned_encoder_decoder_reads_between_the_tokens_it_learnt_with(capsys, loaded) -> None:
+    loaded("encoder-decoder", task={"name": "seq2seq", "start": [3, 2], "frame": [[2], [3]], "head": None})
+    found = json.loads(run(capsys, "--text", "the fox", "--target", "lazy", "--json").out)
+    assert found["ids"][:2] == [3, 2] and found["scored"] == [2, 3, 4, 5]
+    assert found["source"]["ids"][0] == 2 and found["source"]["ids"][-1] == 3
+    assert found["source"]["tokens"][1:-1] == list("the fox")
 
 
 def test_tokens_cannot_become_markup(capsys) -> None:
@@ -125,7 +181,7 @@ def test_tokens_cannot_become_markup(capsys) -> None:
     assert not any(name.startswith("on") for name, _ in harmed.attributes)
     # title, heading, the text, the lens's cell and two of its columns
     assert harmed.text.count(visible(harm)) + harmed.text.count(harm) >= 5
-    assert json.loads(dict(harmed.attributes)["data-tokens"] or "")[2] == visible(harm)
+    assert json.loads(dict(harmed.attributes)["data-keys"] or "")[2] == visible(harm)
     policy = next(value for value in map(lambda pair: pair[1] or "", harmed.attributes) if "default-src" in value)
     script = re.findall(r"<script>(.*?)</script>", harmed_source, re.DOTALL)[-1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -138,10 +194,13 @@ def test_the_page_shows_the_numbers(capsys) -> None:
     shown = Text(page("model", found))
     attributes = dict(shown.attributes)
     assert f"{found['mean_bits']:.3f} bits a token" in shown.text
-    for layer in found["ablation_bits"]:
+    for layer in found["ablation_bits"]["decoder"]:
         assert all(f"{change:+.3f}" in shown.text for change in layer)
-    norms = [*found["gradient_norms"]["streams"], *found["gradient_norms"]["weights"]]
-    assert all(f"{norm:.2e}" in shown.text for norm in norms)
+    flow = found["gradients"]["decoder"]
+    for name in ("streams", "weights", "streams_blocks_alone", "streams_without_additions"):
+        assert all(f"{norm:.2e}" in shown.text for norm in flow[name])
+    ends = flow["likeness"][-1], flow["likeness_without_additions"][-1]
+    assert "a cosine of {:.2f}; with nothing added, of {:.2f}.".format(*ends) in shown.text
     assert all(f"{depth['mean_bits']:.2f}" in shown.text for depth in found["lens"])
     for depth in found["lens"]:
         depth["ids"], depth["tokens"] = [0] * 7, ["x"] * 7
@@ -151,7 +210,7 @@ def test_the_page_shows_the_numbers(capsys) -> None:
     assert Text(page("model", found)).tags.count("b") == 2
     weights = torch.tensor(list(base64.b64decode(attributes["data-weights"] or ""))) / 255
     torch.testing.assert_close(
-        weights.view(2, 2, 8, 8), torch.tensor(found["attention"]), rtol=0, atol=0.5 / 255 + 1e-6
+        weights.view(2, 2, 8, 8), torch.tensor(found["attention"]["decoder"]), rtol=0, atol=0.5 / 255 + 1e-6
     )
 
 
@@ -189,8 +248,8 @@ def test_the_first_text_of_a_file(capsys, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ([], "either --text TEXT or --input FILE"),
-        (["--text", "a", "--input", "a.txt"], "either --text TEXT or --input FILE"),
+        ([], "either --text TEXT (and --target TEXT) or --input FILE"),
+        (["--text", "a", "--input", "a.txt"], "either --text TEXT (and --target TEXT) or --input FILE"),
         (["--text", " "], "--text is empty"),
         (["--text", "☃"], "the text cannot be encoded: character '☃'"),
         (["--text", "the", "--max-tokens", "1"], "needs 2 or more"),
@@ -206,10 +265,23 @@ def test_what_is_wrong_is_one_line(capsys, argv: list[str], problem: str) -> Non
     assert not list(Path().iterdir())
 
 
-def test_an_encoder_decoder_is_refused(capsys, loaded) -> None:
-    loaded("encoder-decoder")
-    done = run(capsys, "--text", "the fox")
-    assert done.code == 2 and "take a decoder or an encoder" in done.err and not Path("inspect.html").exists()
+def test_a_pair_is_for_an_encoder_decoder_and_needs_both(capsys, loaded, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the fox"}\n')
+    (tmp_path / "empty.jsonl").write_text('{"source": "the fox", "target": " "}\n')
+    asked = (
+        ("encoder-decoder", ["--text", "the fox"], "is scored on --target; give both"),
+        ("encoder-decoder", ["--input", "a.jsonl"], "a.jsonl:1: has no 'target' and no 'source', only 'text'"),
+        ("encoder-decoder", ["--input", "empty.jsonl"], "empty.jsonl is empty"),
+        ("encoder-decoder", ["--text", "the", "--target", "☃"], "the target cannot be encoded"),
+        ("decoder", ["--text", "the fox", "--target", "lazy"], "--target is for an encoder-decoder"),
+        ("decoder", ["--input", "a.jsonl", "--target", "lazy"], "either --text TEXT (and --target TEXT)"),
+        ("decoder", ["--text", "the fox", "--target", " "], "--target is empty"),
+    )
+    for shape, argv, problem in asked:
+        loaded(shape)
+        done = run(capsys, *argv)
+        assert done.code == 2 and problem in done.err and done.err.count("\n") == 1, done.err
+    assert not Path("inspect.html").exists()
 
 
 def test_a_run_folder_is_opened(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
