@@ -76,7 +76,7 @@ def clean(
 ) -> Report:
     """Writes what may stay to out/part-00000.jsonl …, and to out/report.json the counts and what was dropped, and why.
 
-    One document is in memory at a time, besides about a kilobyte for each that stays.
+    One document is in memory at a time, besides about 4.5 kilobytes for each that stays (for 10 million, 45 GB).
 
     Raises `UserError` where `out` is taken, or the source cannot be read or is prepared already.
     """
@@ -115,7 +115,7 @@ class _Judge:
         self._seen: dict[bytes, str] = {}
         self._names: list[str] = []
         self._signatures: list[np.ndarray] = []
-        self._bands: dict[tuple[int, bytes], list[int]] = {}
+        self._bands: dict[bytes, tuple[int, ...]] = {}
 
     def reason(self, name: str, text: str) -> tuple[str | None, str | None]:
         """(why it goes or None, the document that it is like)"""
@@ -148,12 +148,12 @@ class _Judge:
 
     def _remember(self, signature: np.ndarray) -> None:
         for band in self._keys(signature):
-            self._bands.setdefault(band, []).append(len(self._signatures))
+            self._bands[band] = (*self._bands.get(band, ()), len(self._signatures))
         self._signatures.append(signature)
 
     @staticmethod
-    def _keys(signature: np.ndarray) -> list[tuple[int, bytes]]:
-        return [(band, signature[band * _BAND : (band + 1) * _BAND].tobytes()) for band in range(_BANDS)]
+    def _keys(signature: np.ndarray) -> list[bytes]:
+        return [signature[band * _BAND : (band + 1) * _BAND].tobytes() for band in range(_BANDS)]
 
 
 def control_share(text: str) -> float:

@@ -60,6 +60,21 @@ def test_reasons_and_counts(tmp_path: Path) -> None:
     assert again.documents == [3, 3]  # a clean corpus stays as it is
 
 
+def test_the_output_goes_on_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.data.cleaning._FILE", 100)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text(seed)}) + "\n" for seed in (1, 2, 3)))
+    clean(open_source(str(tmp_path / "t.jsonl")), tmp_path / "out")
+    parts = [tmp_path / "out" / f"part-0000{number}.jsonl" for number in (0, 1, 2)]
+    assert [json.loads(part.read_text())["text"] for part in parts] == [text(1), text(2), text(3)]
+
+
+def test_nothing_that_can_be_read_is_nothing_cleaned(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "z.txt").write_bytes(b"\xff")
+    report = clean(open_source(str(tmp_path / "in")), tmp_path / "out")
+    assert report.documents == [0, 0] and report.unreadable == 1
+
+
 def test_near_duplicates_can_stay(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": changed(text(1), n)}) + "\n" for n in (1, 2)))
     source = open_source(str(tmp_path / "t.jsonl"))
@@ -84,7 +99,7 @@ def test_minima_agree_as_often_as_shingles_do() -> None:
 
 
 def test_control_characters() -> None:
-    assert control_share("tab\tline\r\nfeed\f\vend") == 1 / 19
+    assert control_share("tab\tline\r\nfeed\f\f\vend") == 1 / 20
     assert control_share("a\x00\x7f\x9f\ufffdé") == 4 / 6 and control_share("") == 0
 
 
