@@ -109,10 +109,9 @@ def sentences(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     (first_rate, first), (last_rate, last) = found.curve[0], found.curve[-1]
     tried = f"The rate rose from {rate_text(first_rate)} to {rate_text(last_rate)}"
     doubt = f"give or take {number(found.noise)}"
-    if not found.fell and found.turned:
-        return [f"{tried}, and the loss from {number(first)} to {number(last)} ({doubt}): take a lower --optim.lr."]
     if not found.fell:
-        return [f"{tried}, and the loss stayed at {number(first)} ({doubt}): no rate can be named."]
+        went = f"went from {number(first)} to {number(last)} ({doubt})"
+        return [f"{tried}, and the loss {went} without a clear fall in between: no rate can be named."]
     fell = f"{tried}; the loss fell the fastest at {rate_text(found.steepest)}"
     if not found.turned:
         return [f"{fell}, and never turned: it ended at {number(last)} ({doubt}), so higher rates may be better."]

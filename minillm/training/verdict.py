@@ -197,10 +197,11 @@ def _after_finetuning(folder: str, task: str, last: Mapping[str, Any]) -> list[t
 
 
 def _after_range(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The run that was meant, at the rate that was found; else the test with higher rates."""
+    """The run that was meant, at the rate that was found; else the test with other rates."""
     found = lr_range.read(metrics)
     if found is None or found.suggested is None:
-        return [(_again(config, _rates(config, 10)), "the same test, up to ten times the rate")]
+        share, words = (0.1, "a tenth of") if found is not None and found.turned else (10, "ten times")
+        return [(_again(config, _rates(config, share)), f"the same test, up to {words} the rate")]
     changes = {"optim.schedule": None, "steps": None, "minutes": None, "epochs": None}
     changes |= _rates(config, found.suggested / config["settings"]["optim"]["lr"])
     return [(_again(config, changes), "the run itself, at that rate")]
