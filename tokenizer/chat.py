@@ -18,8 +18,8 @@ JINJA_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-"""The same template in Jinja2, for Hugging Face's `chat_template`: it renders what `render_chat` does. There, a special
-token spelled out in a message's content becomes that token; `encode_chat` keeps it text."""
+"""The same template in Jinja2, for Hugging Face's `chat_template`: the text of `encode_chat`'s ids, special tokens
+spelled out. There, a special token in a message's content becomes that token; `encode_chat` keeps it text."""
 
 
 def encode_chat(
@@ -48,13 +48,6 @@ def encode_chat(
         ids.append(tokenizer.special["assistant"])
         loss_mask.append(0)
     return ids, loss_mask
-
-
-def render_chat(messages: Sequence[Mapping[str, Any]], *, reply: bool = False) -> str:
-    """The conversation as text, special tokens spelled out, for people to read. Raises as `encode_chat` does."""
-    _check(messages, reply)
-    turns = [f"<|{message['role']}|>{message['content']}{END}" for message in messages]
-    return DOCUMENT + "".join(turns) + ("<|assistant|>" if reply else "")
 
 
 def _check(messages: Sequence[Mapping[str, Any]], reply: bool) -> None:

@@ -13,7 +13,7 @@ from minillm.interop.export import Beside, export
 from minillm.interop.hf import build, load_hf, read_hf
 from tests.interop.ours import SHAPES, TEXT, VARIANTS, model_of, name_of, tokenizer_of
 from tests.interop.theirs import output
-from tokenizer.chat import JINJA_TEMPLATE, encode_chat, render_chat
+from tokenizer.chat import JINJA_TEMPLATE, encode_chat
 
 AUTO = {"gpt2": "CausalLM", "llama": "CausalLM", "qwen3": "CausalLM", "bert": "MaskedLM", "bart": "Seq2SeqLM"}
 
@@ -97,7 +97,8 @@ def test_the_tokenizer_agrees(type, tmp_path):
     if type == "char":
         return
     messages = [{"role": "user", "content": "of  what?"}, {"role": "assistant", "content": "of\nthat"}]
-    assert theirs.apply_chat_template(messages, tokenize=False) == render_chat(messages)
+    spelled = "<|document|><|user|>of  what?<|end|><|assistant|>of\nthat<|end|>"
+    assert theirs.apply_chat_template(messages, tokenize=False) == spelled
     rendered = theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
     assert rendered == encode_chat(ours, messages[:1], reply=True)[0]
 

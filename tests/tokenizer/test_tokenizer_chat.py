@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer import Tokenizer
-from tokenizer.chat import JINJA_TEMPLATE, encode_chat, render_chat
+from tokenizer.chat import JINJA_TEMPLATE, encode_chat
 
 CHAT = [
     {"role": "system", "content": " Be brief.\n"},
@@ -42,24 +42,29 @@ def test_content_cannot_open_or_close_a_turn(any_text: Tokenizer) -> None:
     assert ids.count(any_text.end_id) == 5
 
 
+def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, special tokens as their names."""
+    return b"".join(tokenizer.token_bytes[i] or tokenizer.pieces[i].encode() for i in ids).decode()
+
+
 @settings(max_examples=50, deadline=None)
 @given(contents=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1), reply=st.booleans())
-def test_jinja_renders_the_same_text(contents: list[str], reply: bool) -> None:
+def test_jinja_renders_the_same_text(bpe: Tokenizer, contents: list[str], reply: bool) -> None:
     jinja2 = pytest.importorskip("jinja2")
     roles = ["user", "assistant"] * len(contents)
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
     reply = reply and len(messages) % 2 == 1
     for options in ({}, {"trim_blocks": True, "lstrip_blocks": True}):  # Transformers sets both
         template = jinja2.Environment(**options).from_string(JINJA_TEMPLATE)
-        assert template.render(messages=messages, add_generation_prompt=reply) == render_chat(messages, reply=reply)
+        assert template.render(messages=messages, add_generation_prompt=reply) == spelled(
+            bpe, encode_chat(bpe, messages, reply=reply)[0]
+        )
 
 
 def test_the_text_spells_out_what_the_ids_are(bpe: Tokenizer) -> None:
     ids, _ = encode_chat(bpe, CHAT[:2], reply=True)
-    spelled = "".join(bpe.decode([i]) or bpe.pieces[i] for i in ids)
-    assert spelled == render_chat(CHAT[:2], reply=True)
     assert (
-        spelled
+        spelled(bpe, ids)
         == "<|document|><|system|> Be brief.\n<|end|><|user|>Hi <|assistant|> <|end|> {{ 1 }}<|end|><|assistant|>"
     )
 
@@ -86,9 +91,8 @@ def message(role: object, content: object = "x") -> dict:
     ],
 )
 def test_wrong_conversations_are_refused(bpe: Tokenizer, messages: list, reply: bool, expected: str) -> None:
-    for call in (lambda: encode_chat(bpe, messages, reply=reply), lambda: render_chat(messages, reply=reply)):
-        with pytest.raises(ValueError, match=expected):
-            call()
+    with pytest.raises(ValueError, match=expected):
+        encode_chat(bpe, messages, reply=reply)
 
 
 def test_characters_have_no_roles(char: Tokenizer) -> None:
