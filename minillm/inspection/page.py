@@ -121,7 +121,8 @@ def _kind_maps(kind: str, maps: Sequence[Any], found: dict[str, Any]) -> str:
     )
     heads = "".join(f"<span>head {h}</span>" for h in range(len(maps[0])))
     shape = len(keys) / len(queries)
-    width = f"width:min(100%, {50 * min(1, shape):.1f}rem)"
+    largest = min(50 * min(1, shape), max(18, 2.4 * len(keys)))  # of few tokens no wall of a map
+    width = f"width:min(100%, {largest:.1f}rem)"
     return (
         f'<div class="maps" {names} data-weights="{weights}">'
         f'<div class="wide"><div class="grid" style="grid-template-columns:repeat({len(maps[0]) + 1}, max-content)">'

@@ -37,7 +37,7 @@ canvas { display: block; width: 100%; height: 100%; image-rendering: pixelated; 
 .large span { padding: 0 0.25rem; white-space: pre; }
 .large div:last-child { border: 1px solid var(--hair); background: var(--panel); }
 .readout { min-height: 1.6em; font-size: 0.85rem; }
-figure { margin: 1.2rem 0 1.6rem; max-width: 50rem; }
+figure { margin: 1.4rem 0 3rem; max-width: 50rem; }
 figcaption { font-size: 0.85rem; color: var(--soft); margin: 0 0 0.6rem 3.6rem; }
 .key { display: inline-block; width: 1.2rem; margin: 0 0.4rem 0.2rem 0; border-top: 2px solid; vertical-align: middle; }
 figcaption span { white-space: nowrap; margin-right: 1.4rem; }
