@@ -114,7 +114,7 @@ def _backward(
     inv_n = 1.0 / N
     dw, db = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)[:, None]
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # the interpreter's loops count in int32
         inside = (row < M) & (col < N)
         dy = tl.load(dy_ptr + row * stride_dy + col, inside, other=0.0).to(tl.float32)  # where it is 0, so are g and dw
         x = tl.load(x_ptr + row * stride_x + col, inside, other=0.0).to(tl.float32)

@@ -126,7 +126,7 @@ def test_strides(layout: str, norm: bool) -> None:
     }[layout]()
     if norm:
         inputs |= {"q_weight": torch.randn(2 * D)[::2], "k_weight": torch.randn(D)}
-    cos, sin = torch.randn(D // 2, T).t(), torch.randn(T, D)[:, ::2]
+    cos, sin = torch.randn(B, D // 2, T).mT, torch.randn(B, T, D)[..., ::2]
     check(inputs, cos, sin, [torch.randn(B, T, H, D).transpose(1, 2), torch.randn(B, 1, T, D).expand(B, G, T, D)])
 
 
