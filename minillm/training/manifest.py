@@ -30,16 +30,13 @@ def sync(path: Path) -> None:
 
 def write(folder: Path, about: dict[str, Any]) -> None:
     """Lists every file in `folder` in its MANIFEST.json, with `about` beside; all of it is on the disk afterwards."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {}
-    for path in paths:
+    for path in folder.rglob("*"):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
     (folder / NAME).write_bytes(_render({**about, "format": FORMAT, "files": files}))
     sync(folder / NAME)
-    for inner in folder.rglob("*"):
-        if inner.is_dir():
-            sync(inner)
     sync(folder)
 
 

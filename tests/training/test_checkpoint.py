@@ -129,6 +129,16 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert (tmp_path / "checkpoints" / "best").read_text() == "step-110\n"
 
 
+def test_all_is_on_the_disk_before_it_has_a_name(tmp_path, monkeypatch):
+    synced, sync = [], manifest.sync
+    monkeypatch.setattr(manifest, "sync", lambda path: (synced.append(path), sync(path)))
+    folder = save_example(tmp_path, 1, best=1)
+    checkpoints, written = folder.parent, folder.with_name("step-1.tmp")
+    named = synced.index(checkpoints)  # its list of names, after the rename
+    assert {written, *(written / path.relative_to(folder) for path in folder.rglob("*"))} <= set(synced[:named])
+    assert synced[named + 1 :] == [checkpoints / "best.tmp", checkpoints]
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path):
     save_example(tmp_path, 5)
     folder = save_example(tmp_path, 5, weights={"w": torch.ones(2)})
