@@ -17,7 +17,7 @@ _BEFORE = re.compile(r"(?:^|\.)(?:(?:type_|source_|ngram_)?embedding|embedding_n
 def stack_layers(config: ModelConfig, stack: str | None) -> int:
     """L of the stack called encoder or decoder; of what both share (None) the larger one."""
     decoder = (config.decoder_layers if config.shape == "encoder-decoder" else None) or config.layers
-    return {"encoder": config.layers, "decoder": decoder}.get(stack or "", max(config.layers, decoder))
+    return {"encoder": config.layers, "decoder": decoder}.get(stack, max(config.layers, decoder))
 
 
 def depth(name: str, config: ModelConfig) -> tuple[int, int]:

@@ -51,7 +51,6 @@ def build_optimizers(
                 {"params": [p for p in hidden if factors[id(p)] == factor], "lr": factor * config.muon_lr}
                 for factor in sorted({factors[id(p)] for p in hidden}, reverse=True)
             ],
-            lr=config.muon_lr,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             adjust_lr_fn="original",
@@ -86,9 +85,9 @@ def _in_block(name: str) -> bool:
 
 def _build(config: OptimConfig, groups: list[dict]) -> torch.optim.Optimizer:
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(groups, momentum=config.momentum)
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
+    options = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": fused}
     if config.name == "adam":
         # Adam's own decay is a part of the gradient, where 0.1 outweighs the loss: that is what `l2` is for.
         return torch.optim.Adam(groups, decoupled_weight_decay=True, **options)

@@ -244,6 +244,7 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: s
     with pytest.raises(UserError, match=message):
         MethodConfig(**options)
     assert MethodConfig(rank=1, width=1, rank_warmup=0.0, rank_settle=0.0, orthogonality=0.0).start_rank == 2
+    assert MethodConfig(method="freeze", freeze_layers=0).freeze_layers == 0  # the embeddings alone stay
 
 
 def test_what_is_added_begins_as_its_source_has_it() -> None:
@@ -258,7 +259,7 @@ def test_what_is_added_begins_as_its_source_has_it() -> None:
         model = build(small(dim=64, mlp={"hidden_dim": 64}))
         inject(model, MethodConfig(method=method, rank=8, length=8))
         drawn = [p for name, p in model.named_parameters() if name.endswith(ends)]
-        assert torch.cat([p.flatten() for p in drawn]).std().item() == pytest.approx(std, rel=0.1), method
+        assert torch.cat([p.flatten() for p in drawn]).std().item() == pytest.approx(std, rel=0.05), method
         assert method != "lora" or max(p.abs().max() for p in drawn) <= 0.125
 
 

@@ -57,6 +57,22 @@ def test_adamw_is_torchs() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "own"),
+    [
+        ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.2}),
+        ("adam", torch.optim.Adam, {"betas": (0.8, 0.9), "eps": 1e-7, "decoupled_weight_decay": True}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.7, "nesterov": False, "weight_decay": 0.2}),
+        ("muon", torch.optim.Muon, {"momentum": 0.7, "weight_decay": 0.2, "adjust_lr_fn": "original"}),
+    ],
+)
+def test_each_name_is_torchs_optimizer_with_the_settings_given(name: str, kind: type, own: dict) -> None:
+    given = OptimConfig(name=name, beta1=0.8, beta2=0.9, eps=1e-7, momentum=0.7, weight_decay=0.2)
+    optimizer = build_optimizers(model(), given)[-1]
+    assert type(optimizer) is kind
+    assert {key: optimizer.param_groups[0][key] for key in own} == own
+
+
 @pytest.mark.parametrize("shape", ["decoder", "encoder", "encoder-decoder"])
 def test_muon_takes_exactly_the_matrices_inside_blocks(shape: str) -> None:
     net = model(shape=shape, tied=False)
@@ -113,6 +129,8 @@ def test_every_group_follows_the_schedule_from_its_own_peak() -> None:
 
 def test_penalties_are_the_gradients_of_l1_and_l2_over_the_matrices() -> None:
     net = torch.nn.Linear(4, 3).double()
+    with torch.no_grad():
+        net.weight[1, 2] = 0.0  # where |w| has no slope
     net(torch.randn(5, 4).double()).square().sum().backward()
     plain = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
