@@ -1,5 +1,6 @@
 """`minillm finetune --method all`: a row for each method, saved as it comes, and a comparison that goes on."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -33,14 +34,15 @@ class Here:
 
     def __init__(self, command: list[str], **other: Any) -> None:
         assert command[:3] == [sys.executable, "-m", "minillm.cli"]
-        self.argv = command[3:]
+        self.argv, self.where = command[3:], other["cwd"]
 
     def wait(self) -> int:
         from minillm.cli import run
 
         Here.begun.append(self.argv)
         code = Here.codes.get(Path(self.argv[-1]).name)
-        return run(self.argv[0], self.argv[1:]) if code is None else code
+        with contextlib.chdir(self.where):
+            return run(self.argv[0], self.argv[1:]) if code is None else code
 
 
 @pytest.fixture

@@ -148,14 +148,20 @@ def test_a_validation_label_that_training_lacks_is_named_with_its_line(
 
 
 def test_folds_give_mean_and_deviation_and_go_on_where_they_were_stopped(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], here: type[Here]
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    here: type[Here],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, out = classify_file(tmp_path / "data.jsonl"), tmp_path / "cv"
-    argv = ["--task", "classify", "--data", data, "--folds", 3, "--out", out, "--steps", 6, *FAST]
+    monkeypatch.chdir(tmp_path)
+    argv = ["--task", "classify", "--data", data.name, "--folds", 3, "--out", out, "--steps", 6, *FAST]
     here.codes = {"fold-2": 143}
     stopped = minillm(capsys, "finetune", encoder, *argv)
     assert stopped.code == 143 and f"minillm finetune --resume {out}" in stopped.err
     here.codes, here.begun = {}, []
+    monkeypatch.chdir("/")
     done = minillm(capsys, "finetune", "--resume", out)
     assert done.code == 0 and [Path(command[-1]).name for command in here.begun] == ["fold-2", "fold-3"]
 

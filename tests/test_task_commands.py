@@ -306,3 +306,5 @@ def test_an_encoder_does_not_chat(encoder: Path, capsys: pytest.CaptureFixture[s
     assert done.code == 2 and "does not write replies" in done.err
     done = minillm(capsys, "evaluate", encoder, "--data", "x.jsonl")
     assert done.code == 2 and "name one with --task: lm; or finetune it for one" in done.err
+    done = minillm(capsys, "predict", encoder, "--input", "x.jsonl")  # where lm would not do: it writes
+    assert done.code == 2 and "finetuned for no task; do so first" in done.err

@@ -27,7 +27,7 @@ class Args:
     model: tyro.conf.Positional[Path]
     """A run folder, a checkpoint folder, or a folder in Hugging Face's format."""
     input: Path
-    """.jsonl with "text" (.csv, .tsv, .json too), or .txt with one text a line."""
+    """.jsonl with "text" (.csv, .tsv, .json too), or .txt with one text a line (empty lines are none)."""
     pool: Literal["mean", "cls", "last"] = "mean"
     """The mean of all states, that of the first token (an encoder's [CLS]), or of the last (a decoder's)."""
     normalize: bool = False

@@ -1,5 +1,6 @@
-"""`minillm finetune MODEL --task TASK`: adapts a model to a task by one method, or goes on with such a run.
+"""`minillm finetune MODEL --task TASK`: adapts a model to a task by one method.
 
+`minillm finetune --resume RUN` goes on with such a run; with `--help` behind it, it says what may be changed.
 Without --data it learns from examples that are cut from the Python standard library's source.
 """
 
@@ -204,12 +205,21 @@ def _start(args: Args, argv: list[str], signals: Signals) -> int:
     config = run_config(settings) | {"task": {"name": args.task, "options": _options(args)}, "base": base}
     config |= {"method": asdict(method), "options": argv}
     prepared = prepare(config, settings, opened)
+    _find_from_anywhere(config)
     run = new_run(args.out, f"{args.task}-{args.method}-{data_name(args.data)}", overwrite=args.overwrite)
     with held(run):
         write_json(run / "config.json", config)
         with nothing_left_of(run):
             opened.tokenizer.save(run / "tokenizer")
             return run_prepared(prepared, settings, run, config, trackers, signals, resume_from=None)
+
+
+def _find_from_anywhere(config: dict[str, Any]) -> None:
+    """The files of examples as absolute paths, so that --resume works from any folder."""
+    options = config["task"]["options"]
+    for section, name in ((config["settings"], "source"), (options, "val"), (options, "test")):
+        if section[name] is not None and Path(section[name]).exists():
+            section[name] = str(Path(section[name]).absolute())
 
 
 def _resume(args: Resume, signals: Signals) -> int:

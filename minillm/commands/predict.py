@@ -32,7 +32,8 @@ class Args:
     model: tyro.conf.Positional[Path]
     """A run folder, a checkpoint folder, or a folder in Hugging Face's format."""
     input: Path
-    """.jsonl with the training keys (.csv, .tsv, .json too), or .txt with one input a line; of tag also CoNLL."""
+    """.jsonl with the training keys (.csv, .tsv, .json too), or .txt with one input a line (empty lines are none); of
+    tag also CoNLL."""
     task: TaskName | None = None
     """None: what the model was finetuned for."""
     max_new_tokens: int = 128
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(Args, prog="minillm predict", description=__doc__, args=argv)
     device = choose_device(args.device)
     opened = open_model(args.model, device=device)
-    task = task_of(opened, args.task)
+    task = task_of(opened, args.task, answers=True)
     options: dict[str, Any] = {}
     if task.name in WRITES:
         if args.beams < 1 or (args.beams > 1 and args.temperature > 0):

@@ -52,7 +52,7 @@ def begin(series: Series, state: State, out: str | None, default: str, signals: 
         state = state | {"replaced": [*series.runs(_read(series, folder))]}
     else:
         folder = new_run(out, default, overwrite=overwrite)
-    write_json(folder / series.file, state | {"results": {}})
+    write_json(folder / series.file, state | {"where": str(Path.cwd()), "results": {}})
     return go_on(series, folder, signals)
 
 
@@ -68,7 +68,7 @@ def go_on(series: Series, folder: Path, signals: Signals) -> int:
             if name in state["results"]:
                 continue
             say(f"--- {name}")
-            code = finish(argv, folder / name)
+            code = finish(argv, folder / name, state.get("where"))
             signals.poll()
             if code and series.needs_all and not state["results"] and not (folder / name).exists():
                 (folder / series.file).unlink()  # the run said what is wrong before it began, and so would all
@@ -91,15 +91,19 @@ def go_on(series: Series, folder: Path, signals: Signals) -> int:
     return 0
 
 
-def finish(argv: list[str], run: Path) -> int:
+def finish(argv: list[str], run: Path, where: str | None = None) -> int:
     """`minillm finetune ARGV --out RUN` in a process of its own, or what is left of it; its exit code.
+
+    ARGV's paths begin in the folder `where`. None: in the current one.
 
     Raises `Stopped` where this process is told to, after the other one has saved.
     """
     if (run / "result.json").is_file():
         return 0
-    options = ["--resume", str(run)] if (run / "config.json").is_file() else [*argv, "--out", str(run)]
-    process = subprocess.Popen([sys.executable, "-m", "minillm.cli", "finetune", *options], stdout=subprocess.DEVNULL)
+    place = str(run if where is None else run.absolute())
+    options = ["--resume", place] if (run / "config.json").is_file() else [*argv, "--out", place]
+    command = [sys.executable, "-m", "minillm.cli", "finetune", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=where)
     try:
         return process.wait()
     except Stopped:

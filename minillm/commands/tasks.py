@@ -57,8 +57,11 @@ def examples_of(task: Task, data: str, *, seed: int = 0) -> list[Any]:
     return task.read(data)
 
 
-def task_of(opened: Opened, name: str | None) -> Task:
-    """The task of a finetuned model; or of any model that writes, one of those that need no head.
+def task_of(opened: Opened, name: str | None, *, answers: bool = False) -> Task:
+    """The task of a finetuned model; or of any other model, one of those that need no head.
+
+    Args:
+        answers: it is not to be scored, but to answer: without a head an encoder has nothing that it could do.
 
     Raises `UserError` where the model was not trained for the task `name`, `DamagedFile` where its head is another's.
     """
@@ -77,6 +80,8 @@ def task_of(opened: Opened, name: str | None) -> Task:
     shape = opened.transformer.config.shape
     if name is None:
         there = ", ".join(other for other in WITHOUT_HEAD if shape in TASKS[other]().shapes)
+        if answers and shape == "encoder":
+            raise UserError("this model was finetuned for no task; do so first: minillm finetune MODEL --task TASK")
         raise UserError(f"this model was finetuned for no task; name one with --task: {there}; or finetune it for one")
     if section is not None and section["head"] is not None:
         raise UserError(f"this model was finetuned for {known} and does nothing else; leave --task out")

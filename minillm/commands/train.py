@@ -1,5 +1,6 @@
-"""`minillm train`, and `python train.py`: pretrains a language model, from text to report, or goes on with a run.
+"""`minillm train`, and `python train.py`: pretrains a language model, from text to report.
 
+`--resume RUN` goes on with a run, at the last checkpoint that it saved; `--resume RUN --help` says what it may change.
 With no argument it learns from the Python standard library's own source, for about five minutes on a CPU.
 """
 

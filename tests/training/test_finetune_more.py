@@ -65,10 +65,16 @@ def test_a_label_that_the_model_does_not_know_is_named_with_its_line(
     assert wrong.code == 2 and "was finetuned for classify" in wrong.err
 
 
-def test_changed_data_is_no_way_to_go_on(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_data_is_no_way_to_go_on(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, run = classify_file(tmp_path / "data.jsonl"), tmp_path / "run"
-    argv = ["--task", "classify", "--data", data, "--out", run, "--steps", 2, *FAST]
+    monkeypatch.chdir(tmp_path)
+    files = ["--data", data.name, "--val", data.name, "--test", data.name]
+    argv = ["--task", "classify", *files, "--out", run, "--steps", 2, *FAST]
     assert minillm(capsys, "finetune", encoder, *argv).code == 0
+    monkeypatch.chdir("/")
+    assert minillm(capsys, "finetune", "--resume", run, "--steps", 3).code == 0
     assert minillm(capsys, "finetune", "--resume", run).code == 0  # finished: nothing is left to do
     data.write_text(data.read_text().replace("fox", "dog"))
     done = minillm(capsys, "finetune", "--resume", run, "--steps", 4)
