@@ -1,6 +1,7 @@
 """One file over HTTPS, whole or not at all. The only place of the project that opens a connection."""
 
 import hashlib
+import http.client
 import os
 import shutil
 import tempfile
@@ -47,7 +48,7 @@ def download(
     descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file, opener.open(url, timeout=_SILENCE) as answer:
-            total = int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
+            total = answer.length  # None where the server does not say
             _check_room(url, out, total, limit)
             digest, size = hashlib.sha256(), 0
             while block := answer.read(_BLOCK):
@@ -69,7 +70,7 @@ def download(
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{url} answers {error.code} {error.reason}; check the address") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise UserError(
             f"{url} cannot be reached: {getattr(error, 'reason', error)}; check address and network"
         ) from None

@@ -23,6 +23,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "http://example.org/file")
             self.end_headers()
+        elif self.path == "/no-http":
+            self.wfile.write(b"hello\r\n\r\n")
+        elif self.path == "/cut-chunk":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"1000\r\nless than that")
         else:
             self.send_response(200)
             if self.path != "/unknown-length":
@@ -64,6 +71,8 @@ def test_a_file_arrives_whole(server: str, tmp_path: Path, path: str) -> None:
         ("/file", {"sha256": "00" * 32}, "has the SHA-256 .*, not 0000"),
         ("/file", {"limit": 1000}, "more than the limit of 1,000"),
         ("/unknown-length", {"limit": 1000}, "longer than the limit of 1,000"),
+        ("/no-http", {}, "cannot be reached: hello"),
+        ("/cut-chunk", {}, "cannot be reached: IncompleteRead"),
         ("/away", {}, "http://example.org/file is no https:// address"),
     ],
 )
