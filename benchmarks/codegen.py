@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,10 @@ def amd_usage(assembly: str) -> dict[str, int]:
 
 def listed(arch: str) -> list[tuple[str, dict[str, int]]]:
     """Name and launch options of every shipped configuration, in the order of the table, without compiling any."""
-    return [(case.name, case.options) for case in _cases(arch)]
+    return [(case.name, case.options) for case in shipped_cases(arch)]
 
 
-def collect(archs: tuple[str, ...] | list[str], *, quick: bool = False, sample: int | None = None) -> Iterator[Row]:
+def collect(archs: Sequence[str], *, quick: bool = False, sample: int | None = None) -> Iterator[Row]:
     """Rows of every shipped configuration for each chip; `quick` takes one of each kernel, `sample` so many of all.
 
     What was compiled before, Triton finds again in its own cache. Raises RuntimeError with the compiling process's
@@ -97,7 +97,7 @@ def collect(archs: tuple[str, ...] | list[str], *, quick: bool = False, sample: 
                 raise RuntimeError(f"compiling for {arch} stopped:\n{errors.read()[-4000:]}")
 
 
-def run(archs: tuple[str, ...] | list[str], out: Path, *, quick: bool = False) -> int:
+def run(archs: Sequence[str], out: Path, *, quick: bool = False) -> int:
     """Compile, print the table, write out/codegen.json; 1 if a row has a fault, else 0.
 
     Rows of other chips that stand in the file already stay there, so that it can be made chip by chip.
@@ -151,7 +151,7 @@ def table(rows: list[Row]) -> str:
 
 def _compile_all(arch: str, some: str) -> None:
     """The compiling process: a JSON line on stdout for each case; `some` is "all", "quick" or a number of them."""
-    cases = _chosen(arch) if some == "quick" else list(_cases(arch))
+    cases = _chosen(arch) if some == "quick" else list(shipped_cases(arch))
     if some.isdigit():
         cases = random.Random(0).sample(cases, min(int(some), len(cases)))
     for case in cases:
@@ -159,7 +159,8 @@ def _compile_all(arch: str, some: str) -> None:
         print(json.dumps(row | _compiled(case, arch)), flush=True)
 
 
-def _cases(arch: str) -> Iterator[Any]:
+def shipped_cases(arch: str) -> Iterator[Any]:
+    """Every case of every kernel file, in the order of the table: `AotCase`s of kernels/_launch.py."""
     import importlib
 
     for path in sorted((ROOT / "kernels").glob("[a-z]*.py")):
@@ -171,7 +172,7 @@ def _cases(arch: str) -> Iterator[Any]:
 def _chosen(arch: str) -> list[Any]:
     """One case of each kernel: bf16, and head width 64 where there are head widths."""
     chosen: dict[str, Any] = {}
-    for case in sorted(_cases(arch), key=lambda case: ("bfloat16" not in case.name, "/d64/" not in case.name)):
+    for case in sorted(shipped_cases(arch), key=lambda case: ("bfloat16" not in case.name, "/d64/" not in case.name)):
         chosen.setdefault(case.name.split("/")[0], case)
     return list(chosen.values())
 

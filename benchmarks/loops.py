@@ -1,7 +1,7 @@
 """python -m benchmarks.loops CASE [CASE ...]: which instructions an sm_90 kernel spends its time on, without a GPU.
 
-A kernel's time goes into its loops. For each shipped case named (`rms_norm_backward/n1024/bfloat16`: the first words of
-the rows of results/codegen.json) this compiles it, takes the binary apart with nvdisasm, and reports a JSON line:
+A kernel's time goes into its loops. For each shipped case named (`rms_norm_backward/n1024/bfloat16`: "case" of a row of
+results/codegen.json) this compiles it, takes the binary apart with nvdisasm, and reports a JSON line:
 {"case": …, "threads": of a program, "whole": {instruction: times it stands in the kernel}, "loops": [the same of each
 innermost loop, in the order of the program]}. Instructions that a predicate skips count too.
 
@@ -53,10 +53,10 @@ def disassembled(cubin: bytes) -> str:
 
 def main(names: Sequence[str]) -> None:
     """Print a line for each case of these names. Raises ValueError for a name that no shipped case has."""
-    from benchmarks.codegen import _cases
+    from benchmarks.codegen import shipped_cases
     from kernels._launch import compile_ahead
 
-    cases = {case.name: case for case in _cases(ARCH)}
+    cases = {case.name: case for case in shipped_cases(ARCH)}
     for name in names:
         if name not in cases:
             raise ValueError(

@@ -24,7 +24,8 @@ from ._softcap import tanh
 class Row(NamedTuple):
     """What holds for all tiles of one batch row and one query head; None where an option is off.
 
-    In a kernel None is known when it is compiled, so an option that is off costs nothing.
+    In a kernel None is known when it is compiled, so an option that is off costs nothing. Each kernel builds its own:
+    what a function returns cannot hold None before Triton 3.7.
     """
 
     queries: Any  # in use; the rest of T is padding

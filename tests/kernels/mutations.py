@@ -91,6 +91,7 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("dx += tl.load(dtotal_ptr", "dx = tl.load(dtotal_ptr"),
         ("tl.sum(products) / N)", "tl.sum(products))"),
         ("M, programs * ROWS, num_stages", "M, ROWS, num_stages"),
+        ("if chunks > 1:", "if chunks > 2:"),
     ],
     ("layer_norm.py", "test_layer_norm.py"): [
         ("tl.where(inside, x - mean, 0.0)", "x - mean"),
@@ -99,6 +100,7 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("db += dy", "db += g"),
         ("products += g * (x - mean) * inv_std", "products += g * x * inv_std"),
         ("mean_gn = tl.load(row_means_ptr + M + row,", "mean_gn = tl.load(row_means_ptr + row,"),
+        ("if chunks > 1:", "if chunks > 2:"),
     ],
     ("rope.py", "test_rope.py"): [
         ("tl.store(y, x1 * cos - x2 * sin, inside)", "tl.store(y, x1 * cos + x2 * sin, inside)"),
@@ -111,6 +113,7 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("du1, du2 = dy1 * cos + dy2 * sin,", "du1, du2 = dy1 * cos - dy2 * sin,"),
         ("mean = tl.sum(g1 * n1 + g2 * n2,", "mean = tl.sum(g1 * n1,"),
         ("dw2 += du2 * n2", "dw2 += du1 * n2"),
+        ("load_angles(cos_ptr + b * cos_batch,", "load_angles(cos_ptr,"),
     ],
     ("swiglu.py", "test_swiglu.py"): [
         ("return x * s, s + x * slope", "return x * s, s + slope"),
@@ -125,6 +128,14 @@ CHANGES: dict[tuple[str, str], list[tuple[str, str]]] = {  # (file, tests): [(ol
         ("g = h // (H // G)", "g = h % G"),
         ("tl.where(seen, m + tl.log2(total),", "tl.where(seen, m + total,"),
         ("_ptr + h) * 1.4426950408889634", "_ptr + h)"),
+    ],
+    ("_flash_tiles.py", "test_flash_tiles.py"): [  # what costs time, and changes no result
+        ("full_start = tl.minimum(full_start, stop)", "full_start = tl.maximum(full_start, stop)"),
+        ("tl.maximum(low - back, 0) // OTHER", "0"),
+        ("(other_low == low) & (other_high == high)", "(other_low > low) & (other_high == high)"),
+    ],
+    ("_norm.py", "test_norm.py"): [
+        ("multiprocessors(device) * per_multiprocessor // chunks", "multiprocessors(device) // chunks"),
     ],
     ("_flash_tiles.py", "test_flash_attention.py"): [
         ("seen & (s >= position - row.left)", "seen & (s > position - row.left)"),
