@@ -34,7 +34,7 @@ def pack(state: Any) -> tuple[Any, dict[str, Tensor]]:
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     """What `pack` was given, tuples as lists.
 
-    Raises ValueError or KeyError where `packed` is nothing that `pack` makes, RecursionError where it is too deep.
+    Raises ValueError, TypeError or KeyError where `packed` makes no sense, RecursionError where it is too deep.
     """
     if isinstance(packed, list):
         return [unpack(value, tensors) for value in packed]
@@ -44,11 +44,10 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: unpack(value, tensors) for key, value in packed.items()}
     ((tag, value),) = packed.items()
     if tag == "$tensor":
-        return tensors[_of_type(value, str)]
+        return tensors[value]
     if tag == "$float":
-        return float(_of_type(value, str))
-    pairs = [(key, unpack(inner, tensors)) for key, inner in _of_type(value, list)]
-    return {_of_type(key, str, int): inner for key, inner in pairs}
+        return float(value)
+    return {key: unpack(inner, tensors) for key, inner in value}
 
 
 def storable(name: str, tensor: Tensor) -> Tensor:
@@ -94,9 +93,3 @@ def _pack_dict(value: dict, where: str, tensors: dict[str, Tensor]) -> Any:
     inner = {key: _pack(item, f"{where}.{key}", tensors) for key, item in value.items()}
     plain = all(type(key) is str and key not in _TAGS for key in inner)
     return inner if plain else {"$items": [[key, item] for key, item in inner.items()]}
-
-
-def _of_type(value: Any, *types: type) -> Any:
-    if type(value) not in types:
-        raise ValueError(f"{value!r} is not of the expected type")
-    return value

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minillm.config import DamagedFile, UserError
-from minillm.training import checkpoint, manifest
+from minillm.training import checkpoint, manifest, shelf
 from minillm.training.state import pack, unpack
 from tests.training.saving import advance, same, save_example, state_of, trained
 
@@ -155,6 +155,19 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     save_example(tmp_path, 6)
     assert names(tmp_path) == ["step-5", "step-6"]
     checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("first", ["step-5", "step-5.replaced"])
+def test_of_two_of_one_step_the_newer_counts(tmp_path, monkeypatch, first):
+    """A kill after the second rename; a folder lists its names in any order."""
+    folder = save_example(tmp_path, 5)
+    aside = shutil.copytree(folder, folder.with_name("step-5.replaced"))
+    listed = sorted((folder, aside), key=lambda path: path.name != first)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "iterdir", lambda _: iter(listed))
+        assert shelf.folders(folder.parent) == {5: folder}
+    save_example(tmp_path, 6)
+    assert names(tmp_path) == ["step-5", "step-6"]
 
 
 def test_what_a_kill_left_is_ignored_and_then_removed(tmp_path):

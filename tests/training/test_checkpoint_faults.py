@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -225,9 +226,24 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch, broken):
     assert checkpoint.resolve(save_example(tmp_path, 2)).name == "step-2"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("I/O error: Input/output error (os error 5)"),
+        shutil.Error([("a", "b", "[Errno 5] Input/output error")]),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+)
+def test_another_fault_of_the_disk_is_not_called_a_full_one(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(shelf, "publish", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match="Input/output error"):
+        save_example(tmp_path, 1)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_the_room_is_checked_before_a_byte_is_written(tmp_path, monkeypatch):
     folder = save_example(tmp_path, 1)
-    size = sum(path.stat().st_size for path in files_of(folder))
+    size = sum(4096 * math.ceil(path.stat().st_size / 4096) for path in files_of(folder))  # in the blocks of a disk
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
     monkeypatch.setattr(checkpoint, "save_file", lambda *_: pytest.fail("written without room"))
@@ -300,6 +316,25 @@ def test_hostile_manifests_and_configs_are_refused(tmp_path, raw):
     (folder / manifest.NAME).write_bytes(raw)
     with pytest.raises(DamagedFile, match=r"MANIFEST\.json is damaged"):
         checkpoint.verify(folder)
+
+
+def test_a_manifest_of_any_version_of_this_format_is_read(tmp_path):
+    """As it stands on disks: rendered in another way, it would be taken for damaged."""
+    text = """{
+ "files": {
+  "w": {
+   "bytes": 8,
+   "sha256": "1b465fa6b6bcbc06a3199e3d2d8aec35d37494a712f888b6d5536684dd89d0f0"
+  }
+ },
+ "format": 1,
+ "sha256": "9b97179678708250319b1d4fa6cc517f8c846cdf6a99e9cdd00079579fbddd83",
+ "step": 3
+}
+"""
+    (tmp_path / "w").write_bytes(b"weights\n")
+    (tmp_path / manifest.NAME).write_text(text)
+    assert manifest.verify(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize(
