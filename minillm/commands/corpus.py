@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from minillm.commands.running import say
 from minillm.config import Settings, UserError
 from minillm.data.batch import IGNORED
 from minillm.data.corpus import Masked, NextToken, SpanCorruption
@@ -67,10 +68,10 @@ def run_shards(settings: Settings, source: Source, run: Path, tokenizer: Tokeniz
 
 
 def tokenize(source: Source, out: Path, tokenizer: Tokenizer, *, workers: int | None, **options: Any) -> Shards:
-    """`prepare` with a tokenizer's ids and a progress bar; `options` are those of `prepare`."""
+    """`prepare` with a tokenizer's ids, a progress bar and a list of what was skipped; `options` are `prepare`'s."""
     workers = workers or default_workers(source)
     with tqdm(total=source.size, unit="B", unit_scale=True, desc="tokenizing", disable=None, file=sys.stderr) as bar:
-        return prepare(
+        shards = prepare(
             source,
             out,
             # one process encodes in threads; several leave the cores to each other
@@ -82,6 +83,16 @@ def tokenize(source: Source, out: Path, tokenizer: Tokenizer, *, workers: int | 
             progress=lambda done, _: bar.update(done - bar.n),
             **options,
         )
+    list_skipped(source)
+    return shards
+
+
+def list_skipped(source: Source) -> None:
+    """Says on stderr what a folder holds that could not be read."""
+    if source.skipped:
+        say(f"{len(source.skipped)} could not be read and were skipped:")
+    for name, reason in source.skipped:
+        say(f"  {name}: {reason}")
 
 
 def run_objective(settings: Settings, tokenizer: Tokenizer) -> NextToken | Masked | SpanCorruption:

@@ -8,10 +8,10 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from minillm.commands.corpus import tokenize
+from minillm.commands.corpus import list_skipped, tokenize
 from minillm.config import DamagedFile, UserError
 from minillm.data import cleaning, download, shards
-from minillm.data.sources import Source, open_source
+from minillm.data.sources import open_source
 from minillm.loading import load_tokenizer
 
 
@@ -107,7 +107,6 @@ def _prepare(args: Prepare) -> int:
         overwrite=args.overwrite,
     )
     tokenizer.save(args.out / "tokenizer")
-    _list_skipped(source)
     info = prepared.info
     print(f"documents  {info['documents']:>15,}   split {info['split']}")
     print(f"bytes      {info['bytes']:>15,}   {info['bytes_per_token']:.3f} a token")
@@ -124,7 +123,7 @@ def _clean(args: Clean) -> int:
         report = cleaning.clean(
             source, args.out, rules, overwrite=args.overwrite, progress=lambda done, _: bar.update(done - bar.n)
         )
-    _list_skipped(source)
+    list_skipped(source)
     if args.json:
         print(json.dumps(report.as_dict()))
         return 0
@@ -166,10 +165,3 @@ def _download(args: Download) -> int:
 
 def _bar(total: int | None, what: str) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, file=sys.stderr)
-
-
-def _list_skipped(source: Source) -> None:
-    if source.skipped:
-        print(f"{len(source.skipped)} could not be read and were skipped:", file=sys.stderr)
-    for name, reason in source.skipped:
-        print(f"  {name}: {reason}", file=sys.stderr)

@@ -80,7 +80,8 @@ def plan(source: Source, share: float) -> Split:
             if lowest < share <= highest:
                 return Split("by document hash", threshold=share)
     if size == 0:
-        raise UserError(f"{source.name} holds no text; give files that are not empty")
+        unread = [f"{len(source.skipped)} could not be read ({name} {reason})" for name, reason in source.skipped[:1]]
+        raise UserError(f"{source.name} holds no text; {', '.join(unread) or 'give files that are not empty'}")
     if lowest == highest:
         return Split("by position", train_bytes=int(size * (1 - share)))
     return Split("by document hash (few documents: one is held out)", threshold=math.nextafter(lowest, 1))

@@ -62,6 +62,21 @@ def test_prepare_refuses_text_that_the_tokenizer_does_not_know(tmp_path: Path, t
     assert "--validation must be between 0 and 1" in capsys.readouterr().err
 
 
+def test_what_cannot_be_read_is_listed(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "corpus", tmp_path / "s"
+    folder.mkdir()
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    command = ["data", "prepare", "--data", str(folder), "--tokenizer", str(tokenizer), "--out", str(out)]
+    assert main(command) == 2
+    assert "holds no text; 1 could not be read (latin.txt is not UTF-8: byte 0xE9" in capsys.readouterr().err
+    (folder / "t.txt").write_text("abc cab " * 100)
+    (folder / "lost.txt").symlink_to("nowhere")
+    assert main(command) == 0
+    heard = capsys.readouterr().err
+    assert "2 could not be read and were skipped:\n  latin.txt: is not UTF-8: byte 0xE9 at offset 3;" in heard
+    assert "\n  lost.txt: no file that can be read\n" in heard
+
+
 def test_clean_prints_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "word " * 30}) + "\n" + '{"text": "x"}\n')
     command = ["data", "clean", "--data", f"{tmp_path}/t.jsonl", "--out", f"{tmp_path}/out"]
