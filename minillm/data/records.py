@@ -146,15 +146,16 @@ def _json(name: str, text: str, _: str) -> Iterator[Record]:
     if text[at : at + 1] != "[":
         parse_json(name, text)
         raise UserError(f"{name}:{line_of(text, at)}: is no array; put the objects in [ ], separated by commas")
-    at = _SPACE.match(text, at + 1).end()
+    line, counted, at = 1, 0, _SPACE.match(text, at + 1).end()
     while text[at : at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             place = getattr(error, "pos", at)
             reason = getattr(error, "msg", None) or str(error)
             raise UserError(f"{name}:{line_of(text, place)}: is no JSON ({reason}); mend it") from None
-        yield _object(f"{name}:{line_of(text, at)}", value)
+        yield _object(f"{name}:{line}", value)
         at = _SPACE.match(text, end).end()
         if text[at : at + 1] == ",":
             at = _SPACE.match(text, at + 1).end()

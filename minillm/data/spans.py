@@ -24,7 +24,7 @@ import numpy as np
 from minillm.config import UserError
 from minillm.data.batch import IGNORED, Batch
 from minillm.data.offsets import encode_with_offsets
-from minillm.data.records import Record, line_of, parse_json, read_records, read_text
+from minillm.data.records import Record, parse_json, read_records, read_text
 from minillm.data.tasks import TaskTokenizer, encode, text_batch
 
 LONGEST_ANSWER = 30
@@ -81,12 +81,15 @@ def span_examples(records: Sequence[Record], *, labelled: bool = True) -> list[S
 def _squad(name: str, text: str, parsed: dict[str, Any]) -> Iterator[Record]:
     if not isinstance(parsed.get("data"), list):
         raise UserError(f'{name}:1: has no list "data"; give SQuAD\'s format, or an array of objects')
+    line, at = 1, 0
     for article in parsed["data"]:
         for paragraph in _list(name, article, "paragraphs"):
             for question in _list(name, paragraph, "qas"):
                 if not isinstance(question, dict):
                     raise UserError(f'{name}: a question in "qas" is no object; give SQuAD\'s format')
-                where = f"{name}:{_line(text, question)}: question {question.get('id', question.get('question'))!r}"
+                place = _place(text, question, at)
+                line, at = line + text.count("\n", at, place), place
+                where = f"{name}:{line}: question {question.get('id', question.get('question'))!r}"
                 yield Record(where, {**question, "context": paragraph.get("context")})
 
 
@@ -96,14 +99,15 @@ def _list(name: str, parent: Any, key: str) -> list[Any]:
     return parent[key]
 
 
-def _line(text: str, question: dict[str, Any]) -> int:
-    """Where the question stands: at its id, or at its own text."""
+def _place(text: str, question: dict[str, Any], begin: int) -> int:
+    """Where the question stands, at its id or at its own text; from `begin` on, where the one before it stands: time
+    that grows with the square of the file is 17 seconds for 16,000 questions."""
     for value in (question.get("id"), question.get("question")):
-        for ascii_only in (True, False):
-            at = text.find(json.dumps(value, ensure_ascii=ascii_only)) if isinstance(value, str) else -1
-            if at >= 0:
-                return line_of(text, at)
-    return 1
+        if isinstance(value, str):
+            place = text.find(json.dumps(value, ensure_ascii=text.isascii()), begin)
+            if place >= 0:
+                return place
+    return begin
 
 
 def _example(record: Record, labelled: bool) -> SpanExample:

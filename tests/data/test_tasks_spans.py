@@ -1,6 +1,7 @@
 """Answers are found again at the tokens that were their targets, in whichever window; wrong files are named."""
 
 import json
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,15 @@ def test_the_line_is_the_questions(tmp_path: Path) -> None:
     line = next(n for n, line in enumerate(text.split("\n"), 1) if '"q1"' in line)
     with pytest.raises(UserError, match=f"s.json:{line}: question 'q1'"):
         read_spans(tmp_path / "s.json")
+
+
+def test_many_questions_take_time_in_proportion(tmp_path: Path) -> None:
+    questions = [{**DOG, "id": f"q{number}"} for number in range(8000)]
+    (tmp_path / "s.json").write_text(json.dumps(squad(*questions), indent=1))
+    began = time.process_time()
+    lines = [int(e.record.where.split(":")[1]) for e in read_spans(tmp_path / "s.json")]
+    assert time.process_time() - began < 2  # 0.1; searching the whole file for each took 10
+    assert set(np.diff(lines)) == {10}  # lines of each question
 
 
 def example(question: str, *answers: str, context: str = CONTEXT) -> SpanExample:
