@@ -131,6 +131,13 @@ class Head(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def _token_ids(ids: Tensor, name: str) -> Tensor:
+    """int64: shards hold uint16, which torch does not look up, and hashes of int32 would overflow."""
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UserError(f"`{name}` must be integers [B, T], not {ids.dtype} of shape {list(ids.shape)}")
+    return ids.long()
+
+
 class Transformer(nn.Module):
     """The one model definition; `config.shape` says which of its two stacks exist.
 
@@ -189,10 +196,11 @@ class Transformer(nn.Module):
             new: [B] with a cache, how many of the T tokens of each row are real (the rest is padding on the right).
 
         Raises:
-            UserError: an input that this shape cannot read, or more tokens than learned positions or the cache hold.
+            UserError: ids that are none, an input that this shape cannot read, or more tokens than learned positions or
+                the cache hold.
         """
         self._check(segments, source, token_types, cache, new)
-        ids = ids.long()  # shards hold uint16, which torch does not look up, and hashes of int32 would overflow
+        ids = _token_ids(ids, "ids")
         if self.decoder is None:
             assert self.encoder is not None
             x = self._embed(ids, token_types, self.embedding)
@@ -220,7 +228,7 @@ class Transformer(nn.Module):
     def encode(self, source: Tensor, source_segments: Tensor | None = None) -> Tensor:
         """An encoder-decoder's encoder alone: source [B, S] -> [B, S, dim]"""
         assert self.encoder is not None
-        source, view = source.long(), View(segments=source_segments)
+        source, view = _token_ids(source, "source"), View(segments=source_segments)
         x = self._embed(source, None, self.source_embedding or self.embedding)
         return self.encoder(x, self._positions(source, source_segments, self.encoder), view)
 

@@ -235,3 +235,12 @@ def test_learned_positions_end_with_the_context() -> None:
     model = build(small(position={"kind": "learned"}, context=8))
     with pytest.raises(UserError, match=r"9 tokens do not fit: learned positions end at model.context \(8\)"):
         model(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_ids_that_are_none_are_refused() -> None:
+    model, both = build(small()), build(small(shape="encoder-decoder"))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for wrong in (ids.float(), ids.bool(), ids[0], ids[None]):
+        for call in (lambda: model(wrong), lambda: both(wrong, source=ids), lambda: both(ids, source=wrong)):  # noqa: B023
+            with pytest.raises(UserError, match=r"must be integers \[B, T\], not torch\.\w+ of shape"):
+                call()
