@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,37 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     work.objective = broken
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         go(work)
+
+
+def test_rows_are_measured_by_steps_of_a_copy(tmp_path: Path, monkeypatch) -> None:
+    """With the memory of a GPU made up: 100 bytes a row beside the copy, and of 7 rows on none is left."""
+    work, seen = run(tmp_path), []
+    own, before = sum(p.nbytes for p in work.model.parameters()), weights(work)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.clear())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: own + 100 * max(seen))
+    limit = 7
+
+    def objective(model, batch):
+        seen.append(len(batch.samples))
+        if seen[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work.objective(model, batch)
+
+    def rows(first: int) -> int:
+        return memory.measured_rows(
+            first, work.settings, model=work.model, device=torch.device("cpu"), objective=objective,
+            batch=work.batch(0), precision=nullcontext,
+        )  # fmt: skip
+
+    assert [rows(first) for first in (1, 3, 6)] == [6, 6, 6]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 10**9))  # 0.9 · (300 + 100): three rows
+    assert rows(6) == 3
+    assert all(torch.equal(x, before[name]) for name, x in weights(work).items())
+    limit = 0
+    with pytest.raises(UserError, match="memory runs out even with one sequence at a time"):
+        rows(6)
 
 
 def test_smaller_divides_the_batch() -> None:

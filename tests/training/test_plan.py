@@ -25,16 +25,17 @@ NOBODY = Rehearsal(model=None, device=plan.torch.device("cpu"), objective=None, 
         (60 / 60, {"eval_every": 10}, (46, 10, True)),  # as asked for, whatever it takes
     ],
 )
-def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float, train, expected) -> None:
-    """A step takes a second, a validation two."""
-    monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
-    settings = from_dict(Settings, {"minutes": minutes, "model": {"vocab_size": 64}, "train": train})
+@pytest.mark.parametrize("unit", [1.0, 0.25])
+def test_validations_take_their_share_of_the_minutes(monkeypatch, minutes: float, train, expected, unit) -> None:
+    """A step takes one unit of time, a validation two."""
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (unit, 0.02 * unit))
+    settings = from_dict(Settings, {"minutes": unit * minutes, "model": {"vocab_size": 64}, "train": train})
     found = make_plan(
         settings, NOBODY, micro_batch=8, validation_rows=100,
     )  # fmt: skip
     assert (found.steps, found.eval_every, found.eval_first) == expected
     validations = found.eval_first + -(-found.steps // found.eval_every)
-    assert found.seconds == found.steps + 2 * validations <= 60 * minutes
+    assert found.seconds / unit == found.steps + 2 * validations <= 60 * minutes
     if not train and validations > 1:
         assert 2 * validations <= VALIDATING * 60 * minutes
 
@@ -107,6 +108,33 @@ def test_a_step_is_timed_with_its_data_as_the_mean_of_all_but_the_first(monkeypa
     assert (found.seconds_per_step, found.seconds_per_validation) == (2.0, 40 / 2 * 3.0)
     assert asked == [0, 1, 2, 3, 0]
     assert all(plan.torch.equal(x, before[name]) for name, x in work.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "compiled"),
+    [("cpu", "auto", False), ("cpu", "on", True), ("cuda", "auto", True), ("cuda", "off", False)],
+)
+def test_steps_are_compiled_on_a_gpu_or_where_asked_for(monkeypatch, device, compile, compiled) -> None:
+    monkeypatch.setattr(plan, "measure", lambda *args, **_: (1.0, 0.02))
+    monkeypatch.setattr(plan.ops, "selected", lambda device: ("torch", ""))
+    settings = from_dict(Settings, {"steps": 9, "dtype": "fp32", "compile": compile, "model": {"vocab_size": 64}})
+    there = replace(NOBODY, device=plan.torch.device(device))
+    found = make_plan(settings, there, micro_batch=8, validation_rows=100)
+    assert (found.compile, found.device) == (compiled, device)
+
+
+def test_steps_are_timed_in_the_precision_of_the_run(monkeypatch, tmp_path) -> None:
+    work, seen = job(tmp_path), []
+
+    def objective(model, batch):
+        seen.append(plan.torch.get_autocast_dtype("cpu") if plan.torch.is_autocast_enabled("cpu") else None)
+        return work.objective(model, batch)
+
+    there = replace(NOBODY, model=work.model, objective=objective, batch=work.batch)
+    for dtype, expected in (("fp32", None), ("bf16", plan.torch.bfloat16)):
+        seen.clear()
+        plan.measure(replace(work.settings, steps=8), there, dtype, 2, at_least=1, budget=0.0)
+        assert set(seen) == {expected}
 
 
 def test_a_begun_runs_plan_is_read_back_whole_or_not_at_all(tmp_path):

@@ -88,6 +88,20 @@ def test_beside_others_threads_are_not_tried(monkeypatch) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say")
+def test_a_gpu_tries_nothing_and_tells_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "measure", lambda *_, **__: pytest.fail("nothing is to be tried"))
+    there = plan.Rehearsal(model=None, device=torch.device("cuda"), objective=None, batch=None, poll=lambda: None)
+    found = choose(from_dict(Settings, {"minutes": 10.0, "dtype": "fp32"}), there, micro_batch=8)
+    config, said = {}, []
+    found.tell(config, said.append)
+    assert (found.best, found.seconds, config, said) == (Way("fp32", 4, 8), {}, {}, [])
+
+
+def test_where_the_system_does_not_say_nothing_else_runs(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(trial, "Path", lambda _: tmp_path / "stat")  # as on macOS
+    assert OTHERS() == 0.0
+
+
 def test_what_other_processes_use_is_known(monkeypatch) -> None:
     """One that works for a second adds as much; what this one works is taken off."""
     before, ours = OTHERS(), os.times()
