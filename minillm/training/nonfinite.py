@@ -43,5 +43,5 @@ def locate(model: nn.Module, batch: Batch, objective: Objective) -> tuple[str, l
         return f"{found[0]} (output)", bad
     if bad:
         return "loss", bad
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    gradients = [name for name, p in model.named_parameters() if not _finite(p.grad)]
     return (f"{gradients[-1]} (gradient)" if gradients else "loss"), list(batch.samples)

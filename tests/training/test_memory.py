@@ -143,7 +143,7 @@ def test_rows_are_measured_by_steps_of_a_copy(tmp_path: Path, monkeypatch) -> No
         )  # fmt: skip
 
     assert [rows(first) for first in (1, 3, 6)] == [6, 6, 6]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 10**9))  # 0.9 · (300 + 100): three rows
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (560, 10**9))  # 594 for rows
     assert rows(6) == 3
     assert all(torch.equal(x, before[name]) for name, x in weights(work).items())
     limit = 0

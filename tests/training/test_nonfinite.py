@@ -73,6 +73,19 @@ def test_an_activation_of_two_rows(tmp_path: Path, value: float) -> None:
     assert 15 in event["samples"] and event["samples"] == holds and len(holds) < 6
 
 
+@pytest.mark.parametrize("broken_one", [0, 1])
+def test_a_layer_with_two_outputs_is_looked_at_in_both(tmp_path: Path, broken_one: int) -> None:
+    """A norm gives the stream on as well, where a sum may overflow that the norm hides."""
+
+    def overflow(module, inputs, outputs):
+        return tuple(x * float("inf") if i == broken_one else x for i, x in enumerate(outputs))
+
+    work = job(tmp_path)
+    work.model.decoder.blocks[0].mlp_norm.register_forward_hook(overflow)
+    found = nonfinite.locate(work.model, rows(0, 2), work.objective)
+    assert found == ("decoder.blocks.0.mlp_norm (output)", [0, 1])
+
+
 def test_a_gradient(tmp_path: Path) -> None:
     def plant(work) -> None:
         weight = work.model.decoder.blocks[0].attention.v_proj.weight
@@ -97,7 +110,7 @@ def test_the_objective_alone(tmp_path: Path) -> None:
 
 
 def test_locating_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    work = job(tmp_path)
+    work = job(tmp_path, model={"dropout": 0.2})
     work.model.train()
     state = torch.get_rng_state()
     assert nonfinite.locate(work.model, rows(0, 3), work.objective) == ("loss", [0, 1, 2])
