@@ -10,14 +10,17 @@ M tokens, N features, V classes, C tokens of a chunk. With z the softcapped logi
     loss = s − (1 − ε) z_y − ε/V Σ z + ζ s²          ε label smoothing, ζ z-loss
     ∂loss/∂z = softmax(z) (1 + 2 ζ s) − (1 − ε) 1_y − ε/V,   and through z = c·tanh(x/c):  ∂z/∂x = 1 − (z/c)²
 
-A step of generation multiplies every weight with few rows. MKL does such a product in one thread, and on AMD's
+A step of generation is some hundred operators, most of which take longer to call than to run: RoPE takes queries and
+keys as one there. It multiplies every weight with few rows. MKL does such a product in one thread, and on AMD's
 processors far below the memory's rate; a batch of two products, half of the weights each, is done in both threads, and
-faster in each ([1, 768] · [768, 50257] in fp32 on two cores of a Zen 5: 3.6 to 5.6 ms against 9.7; eight rows: 11
-against 17).
+of large weights faster in each ([1, 768] · [768, 50257] in fp32 on two cores of a Zen 5: 3.6 to 5.6 ms against 9.7;
+eight rows: 11 against 17). Weights that stay in a core's own cache are one product: 5 µs for 256 · 256 against 14.
 
-In bf16, attention over few keys is two matrix products and a softmax: these run in bf16 instructions, which SDPA's CPU
-kernel does not use for its own products (forward and backward of 4,096 tokens, 4 heads of 64, one core of a Zen 5:
-at 256 keys 18 ms against 54, at 512 28 against 46, at 1,024 56 against 58).
+In bf16, attention of many queries over few keys is two matrix products and a softmax: these run in bf16 instructions,
+which SDPA's CPU kernel does not use for its own products (forward and backward of 4,096 tokens, 4 heads of 64, one core
+of a Zen 5: at 256 keys 18 ms against 54, at 512 28 against 46, at 1,024 56 against 58). For a single query SDPA in fp32
+over a cache in fp32 is the fastest, which is therefore what inference/reader.py makes (4 heads of 64 over 64 keys: 9 µs
+against 26 of SDPA in bf16 and 49 of the products; 32 such rows: 124 against 750 and 320).
 """
 
 import torch
@@ -29,6 +32,12 @@ least, since each chunk adds to the gradient of the weight [V, N]: that pass mus
 
 FEW_ROWS, FEWEST_ROWS = 32, 4
 """Rows up to which `linear` is the faster way, and up to which the weights are its left factor."""
+
+MANY_WEIGHTS = 2**24, 2**19
+"""Weights from which on `linear` is the faster way, in one thread and in several: fewer are in a core's own cache."""
+
+FEW_ELEMENTS = 2**17
+"""Of the queries up to which `rope` is the faster way: calling operators then costs more than passing over memory."""
 
 PLAIN_ATTENTION = 512**2
 """Most scores of a head for which writing them out beats SDPA; also what bounds the memory that they take."""
@@ -54,13 +63,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return torch.matmul(torch.softmax(scores, -1), v)
 
 
+def rotates_few(q: Tensor) -> bool:
+    """Whether `rope` is the faster way for q [B, H, T, D]: few tokens, and no gradient."""
+    return (
+        q.device.type == "cpu"
+        and q.numel() <= FEW_ELEMENTS
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`ops.rope` of q [B, H, T, D] and k [B, G, T, D] as one tensor; cos, sin [T, D/2] or [B, 1, T, D/2].
+
+    QK-norm and rotation are rounded to the dtype of q once, at the end.
+    """
+    (H, D), G = q.shape[1::2], k.shape[1]
+    x = torch.cat((q, k), 1)  # [B, H + G, T, D]
+    if norms is not None:
+        weight = torch.cat((norms[0].expand(H, 1, D), norms[1].expand(G, 1, D)))
+        x = torch.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), (D,), None, eps) * weight
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    x = torch.addcmul(x * cos, x.roll(D // 2, -1), sin).type_as(q)
+    return x[:, :H], x[:, H:]
+
+
 def multiplies_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is the faster way for x [..., K] and weight [N, K]: few rows in fp32, and no gradient."""
+    """Whether `linear` is the faster way for x [..., K], weight [N, K]: few rows, many weights, fp32, no gradient."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
         and len(weight) > 1
+        and weight.numel() >= MANY_WEIGHTS[torch.get_num_threads() > 1]
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

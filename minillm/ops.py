@@ -107,13 +107,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    norms: tuple[Tensor, Tensor] | None = None,
-    eps: float = 1e-6,
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, norms: tuple[Tensor, Tensor] | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Rotates the halves of q [B, H, T, D] and k [B, G, T, D]; cos, sin [T, D/2] or [B, T, D/2].
 
@@ -124,10 +118,12 @@ def rope(
 
         q_weight, k_weight = norms or (None, None)
         return kernel(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
-    if norms is not None:
-        q, k = _rms_norm(q, norms[0], eps), _rms_norm(k, norms[1], eps)
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
+    if cpu.rotates_few(q):
+        return cpu.rope(q, k, cos, sin, norms, eps)
+    if norms is not None:
+        q, k = _rms_norm(q, norms[0], eps), _rms_norm(k, norms[1], eps)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -176,14 +172,17 @@ def attention(
         kernel = flash_attention if _triton(q) else flash_attention_reference
         options: dict[str, Any] = dict(softcap=softcap, alibi_slopes=slopes, segments=segments, lengths=lengths)
         return kernel(q, k, v, causal=causal, window=sides, **options)
-    T, S = q.shape[2], k.shape[2]
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     plain = sides is None and slopes is None and segments is None and lengths is None
+    if H != G and plain and T == 1:  # the queries of a group are rows over the same keys, of which none is copied
+        return attention(q.reshape(B, G, H // G, D), k, v, causal=False).reshape(q.shape)
+    if H != G:
+        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
     on_cpu = cpu.attends_plainly(q, k)
     causal_matters = causal and T > 1
-    if plain and on_cpu and not causal_matters:
-        return cpu.attention(q, k, v, None)
+    if plain and on_cpu and T <= S:
+        hidden = torch.full((T, S), float("-inf"), dtype=q.dtype).triu_(S - T + 1) if causal_matters else None
+        return cpu.attention(q, k, v, hidden)
     if plain and not on_cpu and (not causal_matters or T == S):  # torch aligns the first query with the first key
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal_matters)
     mask, empty = _mask(T, S, q.device, causal, sides, segments, lengths)

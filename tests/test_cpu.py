@@ -63,12 +63,13 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32():
     assert 0 < abs(ours.item() / exact.item() - 1) < 2e-3  # rounded to bf16 once, not at every sum
 
 
-@pytest.mark.parametrize("case", ["full", "causal", "window", "documents", "slopes", "grouped"])
+@pytest.mark.parametrize("case", ["full", "causal", "chunk", "window", "documents", "slopes", "grouped"])
 def test_attention_in_bf16_and_its_gradients_are_close_to_fp64(case):
     """No farther from the truth than twice what SDPA in bf16 is, whose only fault is rounding too."""
     torch.manual_seed(1)
     G = 2 if case == "grouped" else 4
-    exact = [torch.randn(2, h, 24, 16, dtype=torch.float64) for h in (4, G, G)]
+    T = 9 if case == "chunk" else 24
+    exact = [torch.randn(2, h, n, 16, dtype=torch.float64) for h, n in ((4, T), (G, 24), (G, 24))]
     options = {"causal": case != "full"}
     if case == "window":
         options["window"] = 7
@@ -77,7 +78,7 @@ def test_attention_in_bf16_and_its_gradients_are_close_to_fp64(case):
     if case == "documents":
         documents = torch.arange(24).expand(2, 24) // 10
         options["segments"] = (documents, documents)
-    upstream = torch.randn(2, 4, 24, 16, dtype=torch.float64)
+    upstream = torch.randn(2, 4, T, 16, dtype=torch.float64)
 
     def run(dtype, plainly=True):
         inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in exact]
@@ -96,6 +97,59 @@ def test_attention_in_bf16_and_its_gradients_are_close_to_fp64(case):
         assert (mine - right).norm() < 0.02 * right.norm()
 
 
+def test_causal_queries_before_the_first_key_give_zeros_in_bf16_too():
+    q, k, v = (torch.randn(1, 2, n, 16).bfloat16() for n in (5, 3, 3))
+    y = ops.attention(q, k, v, causal=True)
+    assert torch.equal(y[:, :, :2], torch.zeros_like(y[:, :, :2]))
+    torch.testing.assert_close(y[:, :, 2], v[:, :, 0])
+
+
+@pytest.mark.parametrize("G", [4, 1])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+def test_rope_without_gradients_equals_rope_with_them(rows, norms, T, G):
+    q, k = torch.randn(3, 4, T, 6, dtype=torch.float64), torch.randn(3, G, T, 6, dtype=torch.float64)
+    cos, sin = torch.randn(2, *((3, T, 3) if rows else (T, 3)), dtype=torch.float64)
+    weights = tuple(torch.randn(2, 6, dtype=torch.float64)) if norms else None
+    assert not cpu.rotates_few(q)
+    expected = ops.rope(q, k, cos, sin, norms=weights, eps=1e-3)
+    with torch.no_grad():
+        assert cpu.rotates_few(q)
+        got = ops.rope(q, k, cos, sin, norms=weights, eps=1e-3)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_rope_without_gradients_rounds_once_in_bf16(weight_dtype):
+    q, k = (torch.randn(2, n, 9, 32).bfloat16() for n in (4, 2))
+    angle, weights = torch.randn(9, 16), tuple(torch.randn(2, 32).to(weight_dtype))
+    cos, sin = angle.cos(), angle.sin()
+    with torch.no_grad():
+        ours = ops.rope(q, k, cos, sin, norms=weights)
+    twice = ops.rope(q, k, cos, sin, norms=weights)
+    wide = [x.double() for x in weights]
+    truth = ops.rope(q.double(), k.double(), cos.double(), sin.double(), norms=tuple(wide))
+    for mine, usual, right in zip(ours, twice, truth, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine - right).norm() < 0.8 * (usual - right).norm()
+        assert ((mine - right).abs() <= 2**-8 * right.abs() + 1e-6).all()
+
+
+def test_many_tokens_are_rotated_apart():
+    with torch.no_grad():
+        assert cpu.rotates_few(torch.empty(2, 4, 2**8, 64))
+        assert not cpu.rotates_few(torch.empty(2, 4, 2**8 + 1, 64))
+        assert not cpu.rotates_few(torch.empty(2, 4, 1, 64, device="meta"))
+
+
+@pytest.fixture
+def any_weights(monkeypatch):
+    monkeypatch.setattr(cpu, "MANY_WEIGHTS", (0, 0))
+
+
+@pytest.mark.usefixtures("any_weights")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("N", [2, 3, 64, 65])
 @pytest.mark.parametrize("rows", [(1, 1), (1,), (3, 1), (2, 2), (5, 1), (1, 32)])
@@ -110,6 +164,16 @@ def test_few_rows_are_multiplied_in_halves(rows, N, bias):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL's products are slow with few rows")
+@pytest.mark.parametrize("threads, columns", [(1, 2**14), (2, 2**9)])
+def test_weights_that_fit_into_a_cores_cache_are_one_product(monkeypatch, threads, columns):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.no_grad():
+        assert cpu.multiplies_few(torch.empty(1, columns), torch.empty(2**10, columns))
+        assert not cpu.multiplies_few(torch.empty(1, columns), torch.empty(2**10 - 1, columns))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL's products are slow with few rows")
+@pytest.mark.usefixtures("any_weights")
 def test_what_is_no_step_of_generation_is_one_product():
     x, weight = torch.randn(2, 1, 48), torch.randn(10, 48)
     assert not cpu.multiplies_few(x, weight), "a gradient may be wanted"

@@ -123,6 +123,14 @@ def test_decode_attention_equals_the_reference_of_the_kernel(T: int, options: di
     torch.testing.assert_close(got, decode_attention_reference(q, k, v, lengths, **expected), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_single_query_reads_grouped_keys_where_they_are(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 16, 8)[:, :, :9], torch.randn(2, 3, 16, 8)[:, :, :9]
+    expected = flash_attention_reference(q, k, v, causal=causal)
+    monkeypatch.setattr(Tensor, "repeat_interleave", None, raising=False)
+    torch.testing.assert_close(ops.attention(q, k, v, causal=causal), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", ["rms", "layer", "layer with bias"])
 def test_norms_equal_the_references_of_the_kernels(kind: str, residual: bool) -> None:

@@ -54,7 +54,7 @@ class Reader:
         self.model, self.new_tokens = model, new_tokens
         self.device = model.embedding.weight.device
         self.context = room(model)
-        self.use_cache = use_cache and self.context > 1  # of one token there is nothing to remember
+        self.use_cache = use_cache
         self.records = recorded.possible(self.device)
         self.cache: KVCache | None = None
         self.step: Callable[[Tensor], Tensor] | None = None  # that of the cache's present rows, after their first
@@ -130,6 +130,8 @@ class Reader:
     def _new_cache(self, rows: int, size: int) -> KVCache:
         autocast = torch.is_autocast_enabled(self.device.type)
         dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.model.embedding.weight.dtype
+        if self.device.type == "cpu" and not autocast:  # see minillm/cpu.py; autocast would narrow what attention reads
+            dtype = torch.promote_types(dtype, torch.float32)
         return KVCache(self.model.config, rows, size, self.device, dtype)
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

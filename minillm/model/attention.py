@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from minillm import ops
@@ -73,10 +72,10 @@ class Attention(nn.Module):
         return self.k_norm(self._split_heads(self.k_proj(source))), self._split_heads(self.v_proj(source))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", d=self.head_width)
+        return x.reshape(*x.shape[:2], -1, self.head_width).transpose(1, 2)  # [B, T, H * D] -> [B, H, T, D]
 
     def _merge_heads(self, y: Tensor) -> Tensor:
-        return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D]
 
 
 class SelfAttention(Attention):
@@ -108,7 +107,7 @@ class SelfAttention(Attention):
                 segments=segments,
             )
         else:
-            y = self._attend_cached(q, k, v, view.slopes, view.cache)
+            y = self._attend_cached(q, k, v, view.slopes, view.cache).type_as(v)
         return self._merge_heads(y)
 
     def _place(self, q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -132,6 +131,7 @@ class SelfAttention(Attention):
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, cache: KVCache) -> Tensor:
         k, v = cache.write(self.layer, k, v)  # keys go in rotated: a cached key never needs its position again
+        q = q.type_as(k)
         options: dict[str, Any] = dict(window=self.window, softcap=self.softcap, slopes=slopes)
         if q.shape[2] == 1 and (cache.whole or cache.ragged):
             return ops.decode_attention(q, k, v, cache.lengths, **options)

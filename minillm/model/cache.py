@@ -57,11 +57,15 @@ class KVCache:
         self.size += tokens
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, G, T, D] of the new tokens -> all keys and values so far [B, G, S, D]."""
+        """k, v [B, G, T, D] of the new tokens -> all keys and values so far [B, G, S, D], in the cache's own dtype."""
         keys, values = self.buffer[layer]
-        index = self.at[:, None, :, None].expand_as(k)
-        keys.scatter_(2, index, k.to(keys.dtype))
-        values.scatter_(2, index, v.to(values.dtype))
+        if self.ragged or self.whole:  # only the device knows where each row ends
+            index = self.at[:, None, :, None].expand_as(k)
+            keys.scatter_(2, index, k.to(keys.dtype))
+            values.scatter_(2, index, v.to(values.dtype))
+        else:
+            new = slice(self.longest - k.shape[2], self.longest)
+            keys[:, :, new], values[:, :, new] = k, v
         S = self.size if self.whole and k.shape[2] == 1 else self.longest
         return keys[:, :, :S], values[:, :, :S]
 

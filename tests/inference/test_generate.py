@@ -1,5 +1,6 @@
 """Generation with a cache against the model read anew for each token, and rows against rows alone."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from minillm.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig, UserError
 from minillm.inference.generate import generate
-from minillm.inference.reader import window_start
+from minillm.inference.reader import Reader, window_start
 from minillm.inference.sampling import Sampling
 from minillm.model.transformer import Transformer
 
@@ -57,6 +58,24 @@ def test_cached_equals_uncached_equals_the_definition(variant: str) -> None:
     assert len({token for row in expected for token in row}) > 7, "texts too poor to tell anything"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_bf16_a_cache_is_as_close_to_the_truth_as_none(variant: str) -> None:
+    """Logits after each token, against fp64: rows of one length and of several."""
+    model = model_of(**VARIANTS[variant]).bfloat16().eval()
+    exact = copy.deepcopy(model).double()
+    for prompts in (RAGGED, [[1, 2, 3]] * 2):
+        texts, errors = [list(prompt) for prompt in prompts], torch.zeros(2)
+        readers = [Reader(model, None, 12, use_cache) for use_cache in (True, False)]
+        for token in range(12):
+            for text in texts:
+                text.append(token)
+            truth = torch.stack([exact(torch.tensor([text]))[0, -1] for text in texts])
+            errors += torch.stack([(reader.next_logits(texts) - truth).norm() / truth.norm() for reader in readers])
+        assert errors[0] < 1.2 * errors[1] and errors[1] < 12 * 0.05
+        assert readers[0].cache is not None and readers[0].cache.buffer.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["none", "learned", "sinusoidal", "rope", "alibi"])
 def test_an_encoder_decoder_reads_its_sources(kind: str) -> None:
     model = model_of(shape="encoder-decoder", decoder_layers=3, position=PositionConfig(kind=kind))
@@ -103,6 +122,20 @@ def test_beyond_the_context_it_goes_on_from_the_last_half(kind: str, shape: str)
             generate(model, prompts, sources=sources, max_new_tokens=25, sampling=GREEDY, use_cache=use_cache)
             == expected
         )
+
+
+def test_of_one_token_there_is_nothing_to_remember() -> None:
+    model = model_of(context=1)
+    texts = [generate(model, RAGGED, max_new_tokens=5, sampling=GREEDY, use_cache=use) for use in (True, False)]
+    assert texts[0] == texts[1] and len(texts[0][0]) == 5
+
+
+def test_without_a_cache_the_whole_text_is_read_for_each_token() -> None:
+    model = model_of()
+    read: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    generate(model, [[1, 2, 3]], max_new_tokens=4, sampling=GREEDY, use_cache=False)
+    assert read == [3, 4, 5, 6]
 
 
 def test_a_row_whose_window_moves_is_read_anew_alone() -> None:

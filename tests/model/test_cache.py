@@ -98,6 +98,35 @@ def test_cached_equals_uncached_in_fp32() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_in_fp32_reads_what_a_model_in_bf16_wrote() -> None:
+    """Keys and values are those that the model made, to the bit; only scores and sums are finer."""
+    model, ids = build(small(kv_heads=2), torch.bfloat16), torch.randint(29, (2, 12))
+    expected, caches = model(ids), []
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = KVCache(model.config, 2, 12, ids.device, dtype)
+        parts = [model(part, cache=cache) for part in ids.split([5, 1, 1, 5], 1)]
+        assert all(part.dtype == torch.bfloat16 for part in parts)
+        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=0.1, rtol=0.05)
+        caches.append(cache.buffer[0])
+    wide, narrow = caches
+    assert wide.dtype == torch.float32 and torch.equal(wide, narrow.float())
+
+
+@torch.no_grad()
+def test_rows_of_one_length_are_written_as_rows_of_any_length() -> None:
+    model, ids = build(small(kv_heads=2)), torch.randint(29, (3, 9))
+    even, ragged, whole = (cache_of(model, 3, 12) for _ in range(3))
+    ragged.ragged = whole.whole = True
+    for part in ids.split([4, 1, 3, 1], 1):
+        logits = [model(part, cache=cache) for cache in (even, ragged, whole)]
+        assert_equal(logits[1], logits[0])
+        assert_equal(logits[2], logits[0])
+    assert_equal(ragged.buffer, even.buffer)
+    assert_equal(whole.buffer, even.buffer)
+    assert even.buffer[:, :, :, :, 9:].abs().max() == 0 < even.buffer[:, :, :, :, 8].abs().min()
+
+
+@torch.no_grad()
 def test_what_does_not_fit_is_refused_before_anything_is_written() -> None:
     model, ids = build(small()), torch.randint(29, (1, 6))
     cache = cache_of(model, 1, 8)
