@@ -1,6 +1,7 @@
 """Texts that are written: `seq2seq`, `chat`, `lm` and `preference`, all through the model's own output matrix."""
 
 import json
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -110,8 +111,7 @@ class Seq2Seq(Task):
     def baseline(self, train: Sequence[PairExample], val: Sequence[PairExample]) -> tuple[str, dict[str, float]]:
         """The better one, by ROUGE-L, of the source itself and the most frequent target."""
         targets = [example.target or "" for example in val]
-        seen = [example.target or "" for example in train]
-        common = max(sorted(set(seen)), key=seen.count) if len(set(seen)) < len(seen) else seen[0]
+        [(common, _)] = Counter(example.target or "" for example in train).most_common(1)
         tried = {
             "the source itself": _overlap([example.source for example in val], targets),
             "the most frequent target": _overlap([common] * len(val), targets),

@@ -72,6 +72,11 @@ def test_probabilities_equal_the_rules_written_out(options: dict) -> None:
     torch.testing.assert_close(p, torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
+def test_the_models_own_distribution_is_the_default() -> None:
+    off = {"top_k": None, "top_p": None, "min_p": None}
+    assert Sampling() == Sampling(temperature=1.0, repetition_penalty=1.0, **off)
+
+
 def test_draws_follow_the_distribution() -> None:
     torch.manual_seed(0)
     logits, draws = torch.randn(1, V), 20_000
@@ -139,6 +144,7 @@ def test_row_streams_differ_by_seed_and_by_row() -> None:
                for row in range(3)}  # fmt: skip
     assert len({tuple(stream) for stream in streams.values()}) == len(streams)
     assert torch.rand(4, generator=row_generator(1, 2)).tolist() == streams[1, 2]
+    assert row_generator(1, 2).initial_seed() % 2**64 == 12069646666850839610  # the same in every version
 
 
 @pytest.mark.parametrize(
