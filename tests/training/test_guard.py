@@ -212,7 +212,9 @@ def test_two_ranks_pass_over_the_same_steps(tmp_path: Path, parallel: str) -> No
 
 
 def test_the_importance_of_ranks_is_not_measured_on_what_is_passed_over(tmp_path: Path) -> None:
+    """Neither on what the guard passes over, nor on what a scaler does."""
     work = job(tmp_path, steps=12, **FIVE)
+    work = replace(work, plan=replace(work.plan, dtype="fp16"))
     adapted = inject(work.model, MethodConfig(method="adalora", rank=2, initial_rank=3))
     assert adapted.allocator is not None
     adapted.allocator.begin(12)
@@ -220,10 +222,12 @@ def test_the_importance_of_ranks_is_not_measured_on_what_is_passed_over(tmp_path
         for layer in adapted.allocator.layers.values():
             layer.lora_E.fill_(0.1)
     held: list[Any] = []
+    layer.lora_A.register_hook(lambda grad: grad * (math.inf if len(held) == 8 else 1.0))
     optim = build_optimizers(adapted.model, work.settings.optim)
     work = replace(work, model=adapted.model, optimizers=optim, allocator=adapted.allocator)
     go(planted(work, {4: math.nan}, held))
     assert not same(held[2]["ranks"], held[3]["ranks"]) and same(held[3], held[4]) and not same(held[4], held[5])
+    assert same(held[7]["ranks"], held[8]["ranks"]) and steps_of(tmp_path) == [4]
     assert all(x.isfinite().all() for x in adapted.allocator.sensitivity.values())
     assert sum(adapted.allocator.ranks().values()) == 2 * len(adapted.allocator.layers)
 

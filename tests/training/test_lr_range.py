@@ -54,6 +54,7 @@ def test_the_steepest_fall_and_the_turn_of_a_known_curve(seed: int) -> None:
     assert -3.1 < math.log10(found.steepest) < -2.4
     assert -2.4 < math.log10(found.turn[0]) < -1.6, "where the floor begins, though it is as low until 10^-1"
     assert found.turn[1] == pytest.approx(4.0, abs=0.15)
+    assert lr_range.noise([3.0 * i for i in range(20)]) == 0, "a slope is no noise"
     assert found.noise == pytest.approx(0.05 / math.sqrt(7), rel=0.35)
     assert found.suggested == pytest.approx(found.turn[0] / lr_range.MARGIN)
     said = lr_range.sentences(log_of(valley, seed=seed))
