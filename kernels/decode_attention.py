@@ -241,6 +241,7 @@ def decode_attention(
         )
     _check(q, k_cache, v_cache, lengths, window, softcap, alibi_slopes)
     left = None if window is None else window[0]
+    left = None if left is None else min(left, k_cache.shape[2])  # no key is further back, and int32 holds the sums
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _op(q, k_cache, v_cache, lengths, scale, left, softcap, alibi_slopes)
 

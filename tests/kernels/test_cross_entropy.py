@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._scale_rows import scale_rows
-from kernels.cross_entropy import _op, cross_entropy, cross_entropy_reference
+from kernels.cross_entropy import _op, _shape_class, cross_entropy, cross_entropy_reference
 from tests.kernels.budget import GRADIENT, OUTPUT, assert_within_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -189,10 +189,13 @@ def test_a_label_outside_the_classes_raises_on_a_cpu_and_is_nan_in_the_kernel(la
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "flatten the leading axes"),
         ({"logits": torch.zeros(2, 0)}, "flatten the leading axes"),
         ({"targets": torch.zeros(2)}, "integer targets"),
+        ({"targets": torch.zeros(2, dtype=torch.bool)}, "integer targets"),
         ({"logits": torch.zeros(2, 4, dtype=torch.int64)}, "float logits"),
         ({"label_smoothing": 1.5}, "between 0 and 1"),
+        ({"label_smoothing": -0.1}, "between 0 and 1"),
         ({"softcap": 0.0}, "softcap must be above 0"),
         ({"softcap": float("nan")}, "softcap must be above 0"),
+        ({"softcap": float("inf")}, "softcap must be above 0"),
         ({"reduction": "avg"}, "none, sum, mean"),
     ],
 )
@@ -203,6 +206,15 @@ def test_bad_calls_say_what_is_wrong(change, message):
             function(
                 call["logits"], call["targets"], **{k: v for k, v in call.items() if k not in ("logits", "targets")}
             )
+
+
+def test_the_first_of_several_wrong_labels_is_named():
+    with pytest.raises(ValueError, match=r"targets\[1\] is 9, outside"):
+        cross_entropy(torch.zeros(4, 9), torch.tensor([8, 9, -1, 12]))
+
+
+def test_rows_of_one_block_have_classes_of_their_own():
+    assert [_shape_class(V) for V in (1, 1024, 1025, 4096, 4097)] == ["v1024", "v1024", "v4096", "v4096", "large"]
 
 
 def test_the_reference_is_pytorchs_cross_entropy():

@@ -121,6 +121,13 @@ def test_rows_that_see_nothing_give_zeros():
     assert (out[0] == 0).all() and (out[1, :, 0] == 0).all() and (out[1, :, 1:] != 0).all()
 
 
+@pytest.mark.parametrize("wide", [2**31 - 1, 2**40])
+def test_a_window_wider_than_int32_is_none(wide):
+    q, k, v = some_inputs(2, 2, 1, 4, 20, 16, torch.float32)
+    lengths = torch.tensor([2, 20])  # the first two of four queries stand before the first key
+    assert torch.equal(decode_attention(q, k, v, lengths, window=(wide, 0)), decode_attention(q, k, v, lengths))
+
+
 def test_empty_batch_no_queries_and_empty_cache():
     q, k, v = some_inputs(2, 2, 1, 2, 20, 16, torch.float32)
     two = torch.tensor([5, 6])
@@ -175,6 +182,10 @@ def test_bad_calls_say_what_is_wrong():
             function(q, k, v, lengths[:1])
         with pytest.raises(ValueError, match="lengths must be integers"):
             function(q, k, v, lengths.float())
+        with pytest.raises(ValueError, match="lengths must be integers"):
+            function(q, k, v, lengths > 0)
+        with pytest.raises(ValueError, match="q is on cpu but lengths on meta"):
+            function(q, k, v, lengths.to("meta"))
         with pytest.raises(ValueError, match="softcap must be above 0"):
             function(q, k, v, lengths, softcap=-1.0)
         with pytest.raises(ValueError, match="window is"):

@@ -221,6 +221,12 @@ def test_extreme_logits(dtype):
     check([q, k, v], do, causal=True, scale=scale, torch_too=sdpa)
 
 
+def test_a_window_wider_than_int32_is_none():
+    q, k, v, _ = tensors(5, 9, 16, (1, 1), FP32, B=1)
+    for wide in (2**31 - 1, 2**40):
+        assert torch.equal(flash_attention(q, k, v, window=(wide, wide)), flash_attention(q, k, v))
+
+
 def test_rows_that_see_nothing_give_zeros():
     """More queries than keys: the first 30 stand before every key. Of the second row of the batch nothing is in use."""
     *inputs, do = tensors(50, 20, 16, (2, 1), FP32)
@@ -470,7 +476,15 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
         (r"must both be \[B, G, S, D\]", (Q, K, K[:, :, :5]), {}),
         (r"must both be \[B, G, S, D\]", (Q, K[..., :7], K[..., :7]), {}),
         ("must be a multiple", (Q[:, :3], K, K), {}),
+        ("head width \\(0\\) at least 1", (Q[..., :0], K[..., :0], K[..., :0]), {}),
         ("one floating-point dtype", (Q, K, K.half()), {}),
+        ("q is on cpu but v on meta", (Q, K, K.to("meta")), {}),
+        ("softcap must be above 0", (Q, K, K), {"softcap": math.nan}),
+        (
+            "segments of the keys must be integers",
+            (Q, K, K),
+            {"segments": (torch.ones(2, 5).long(), torch.ones(2, 6) > 0)},
+        ),
         ("window is", (Q, K, K), {"window": (-1, 0)}),
         ("window is", (Q, K, K), {"window": (1, 2, 3)}),
         ("window is .* not 3", (Q, K, K), {"window": 3}),

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels import _launch
-from kernels._launch import TABLES, architecture, candidate, runs_triton, shipped, tuned
+from kernels._launch import TABLES, architecture, candidate, multiprocessors, runs_triton, shipped, tuned
 
 WITHOUT_TRITON = """
 import sys
@@ -38,6 +39,18 @@ def test_the_interpreter_takes_cpu_tensors_of_at_most_fp32() -> None:
     assert not runs_triton(torch.ones(1), torch.ones(1, dtype=torch.float64))
     assert not runs_triton(torch.ones(1, device="meta"))
     assert architecture(torch.device("cpu")) == "cpu"
+
+
+def test_a_chip_is_known_by_its_compilers_name(monkeypatch) -> None:
+    chip = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert architecture.__wrapped__(cuda) == "sm_121"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert architecture.__wrapped__(cuda) == "gfx942"
+    assert multiprocessors.__wrapped__(cuda) == 304 and multiprocessors.__wrapped__(cpu) == 4
 
 
 def test_every_table_names_known_dtypes_and_has_a_default() -> None:

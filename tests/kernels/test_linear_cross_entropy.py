@@ -153,6 +153,7 @@ def test_labels_and_shapes_are_checked():
         ((hidden, weight, wrong_label), r"targets\[2\] is 9, outside the 9 classes 0 to 8"),
         ((hidden, weight[:, :2], targets), r"hidden \[M, N\] and weight \[V, N\]"),
         ((hidden[None], weight, targets), r"hidden \[M, N\] and weight \[V, N\]"),
+        ((hidden, weight[:0], targets), r"hidden \[M, N\] and weight \[V, N\]"),
         ((hidden, weight, targets[:3]), r"logits \[M, V\] and targets \[M\]"),
         ((hidden, weight, targets, bias[:3]), r"bias \[V\] = \[9\]"),
         ((hidden, weight.half(), targets), "one dtype"),
