@@ -166,15 +166,16 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, *, whole: bool) -> N
     result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
     result["scored_on"] = scored_on = _scored_on(config)
     figures, verdict = shown_metrics(done.metrics), sentence(result["against"])
-    numbers = shown_metrics({name: value for name, value in done.metrics.items() if name != "confusion"})
-    shown = ", ".join(" ".join(line.split()) for line in numbers).replace("_", " ")
+    of_examples = {name: x for name, x in done.metrics.items() if isinstance(x, float) and not name.startswith("old_")}
+    shown = ", ".join(" ".join(line.split()) for line in shown_metrics(of_examples)).replace("_", " ")
     if "test" in config["corpus"] and (run / "result.json").exists():
         say("note: the test examples were scored before: who goes on until they please has chosen by them")
-    write_json(run / "result.json", result)
-    if lr_range.applies(config):
-        conclude(run, config, write_report(run))
+    ranged, said = lr_range.applies(config), [f"With its best weights, {scored_on['words']}: {shown}.", verdict]
+    report = write_report(run, () if ranged else said)
+    write_json(run / "result.json", result)  # last: a run that has it is not looked at again
+    if ranged:
+        conclude(run, config, report)
         return
-    report = write_report(run, [f"With its best weights, {scored_on['words']}: {shown}.", verdict])
     best = f"best at step {progress.best_step:,}"
     print(f"{done.outcome.reason} after {progress.step:,} steps, {best}; {scored_on['words']}:")
     print("\n".join(figures))
