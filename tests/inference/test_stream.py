@@ -57,6 +57,7 @@ def test_a_stop_string_that_spans_tokens_is_never_shown_in_part() -> None:
     shown, text = stream([b"one\n", b"\n", b"two"], ("\n\n",))
     assert shown == ["one", "", "", ""]
     assert text.stopped
+    assert stream([b"one\n\n\xe4"], ("\n\n",))[0] == ["one", ""]  # nor is half a character behind it
     shown, text = stream([b"one\n", b"two", b"\n"], ("\n\n",))
     assert shown == ["one", "\ntwo", "", "\n"], "what was no stop string in the end is given after all"
     assert not text.stopped
