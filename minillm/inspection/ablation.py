@@ -19,8 +19,8 @@ from minillm.inspection.reading import Reading, losses, predicted, stacks_of
 from minillm.model.attention import View
 from minillm.model.transformer import Stack, Transformer
 
-AT_ONCE = 2**26
-"""Numbers that the heads of one batch may take up: 256 MiB of logits and of the MLP's inside."""
+AT_ONCE = 2**24
+"""Numbers that the heads of one batch may take up, of logits and of the MLP's inside: 64 MiB. More gain nothing."""
 
 
 @torch.no_grad()

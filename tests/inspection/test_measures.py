@@ -162,7 +162,7 @@ def test_the_lens_on_a_depth_is_the_model_that_ends_there(variant: str) -> None:
         torch.testing.assert_close(lens[depth], ends, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 4000, 2**26])
+@pytest.mark.parametrize("at_once", [1, 4000, ablation.AT_ONCE])
 @pytest.mark.parametrize("variant", ["rope", "post-norm", "head width of its own, biases", "encoder", "both",
                                      "both, post-norm"])  # fmt: skip
 def test_a_head_is_switched_off_as_by_zero_columns(variant: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
