@@ -172,6 +172,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any], str]] = [
     ("gpt2", "GPT2LMHeadModel", {"auto_map": {}}, "auto_map asks for code"),
     ("gpt2", "GPT2LMHeadModel", {"quantization_config": {}}, "quantization_config is set"),
     ("llama", "LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn is not supported"),
+    ("llama", "LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ("llama", "LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act=relu is not supported"),
     ("llama", "LlamaForCausalLM", {"attention_bias": True}, r"layers.0.self_attn.q_proj.bias is missing"),
     ("llama", "LlamaForCausalLM", {"intermediate_size": 24}, r"gate_proj.weight has the shape (20, 16)"),
