@@ -18,6 +18,7 @@ from minillm.config import (
     OptimConfig,
     PositionConfig,
     Settings,
+    SpeedrunConfig,
     TokenizerConfig,
     TrainConfig,
     UserError,
@@ -58,13 +59,22 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ModelConfig, {"init_std": 0.0}, "model.init_std"),
     (ModelConfig, {"token_types": -1}, "model.token_types"),
     (ModelConfig, {"decoder_layers": 2}, "model.decoder_layers"),
+    (ModelConfig, {"source_embedding": True}, "model.source_embedding"),
     (ModelConfig, {"shape": "decodr"}, "shape"),
+    (ModelConfig, {"shape": "encoder", "speedrun": {"ngrams": 2}}, "model.speedrun"),
+    (ModelConfig, {"norm": {"placement": "post"}, "speedrun": {"ngrams": 2}}, "model.speedrun"),
+    (SpeedrunConfig, {"ngrams": 1}, "speedrun.ngrams"),
+    (SpeedrunConfig, {"ngrams": 17}, "speedrun.ngrams"),
+    (SpeedrunConfig, {"ngram_rows": 0}, "speedrun.ngram_rows"),
+    (SpeedrunConfig, {"ngram_dim": 2**31}, "speedrun.ngram_dim"),
+    (SpeedrunConfig, {"ngram_dropout": 1.0}, "speedrun.ngram_dropout"),
     (TokenizerConfig, {"vocab_size": 0}, "tokenizer.vocab_size"),
     (DataConfig, {"validation": 1.0}, "data.validation"),
     (DataConfig, {"mask_rate": 0.0}, "data.mask_rate"),
     (DataConfig, {"span_length": 0.5}, "data.span_length"),
     (DataConfig, {"workers": 0}, "data.workers"),
     (OptimConfig, {"lr": 0.0}, "optim.lr"),
+    (OptimConfig, {"embedding_lr": 0.0}, "optim.embedding_lr"),
     (OptimConfig, {"muon_lr": -1.0}, "optim.muon_lr"),
     (OptimConfig, {"eps": 0.0}, "optim.eps"),
     (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay"),
@@ -85,12 +95,18 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"keep": 0}, "train.keep"),
     (TrainConfig, {"patience": 0}, "train.patience"),
     (TrainConfig, {"threads": 0}, "train.threads"),
+    (TrainConfig, {"shard_ranks": 0, "parallel": "fsdp"}, "train.shard_ranks must be at least 1"),
+    (TrainConfig, {"stall_seconds": 0.5}, "train.stall_seconds"),
+    (TrainConfig, {"shard_ranks": 2}, "train.shard_ranks needs train.parallel=fsdp"),
+    (TrainConfig, {"reshard": False}, "train.reshard needs train.parallel=fsdp"),
+    (TrainConfig, {"gather_dtype": "bf16"}, "train.gather_dtype needs train.parallel=fsdp"),
     (TrainConfig, {"sample_tokens": -1}, "train.sample_tokens"),
     (TrainConfig, {"label_smoothing": 1.0}, "train.label_smoothing"),
     (TrainConfig, {"z_loss": -1.0}, "train.z_loss"),
     (Settings, {"steps": 0}, "steps"),
     (Settings, {"minutes": 0.0}, "minutes"),
     (Settings, {"seed": -1}, "seed"),
+    (Settings, {"seed": 2**63}, "seed must be below 2⁶³, not a number of 64 bits"),
     (Settings, {"data": {"objective": "masked"}}, "data.objective"),
     (Settings, {"model": {"shape": "encoder"}, "tokenizer": {"type": "char"}}, "tokenizer.type"),
     (Settings, {"train": {"batch": 8, "micro_batch": 3}}, "train.micro_batch"),
@@ -108,6 +124,28 @@ def error_of(cls: type, values: Any) -> str:
 @pytest.mark.parametrize(("cls", "values", "field"), WRONG, ids=lambda x: str(x) if isinstance(x, dict) else "")
 def test_a_value_out_of_range_is_refused_by_the_name_of_its_field(cls: type, values: dict, field: str) -> None:
     assert field in error_of(cls, values)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        (AttentionConfig, {"window": 1}),
+        (ModelConfig, {"layers": 4096, "dropout": 0.0, "token_types": 0}),
+        (SpeedrunConfig, {"ngrams": 2, "ngram_rows": 1, "ngram_dim": 1}),
+        (SpeedrunConfig, {"ngrams": 16}),
+        (DataConfig, {"span_length": 1.0, "workers": 1}),
+        (OptimConfig, {"beta1": 0.0, "weight_decay": 0.0, "warmup": 1.0, "final_lr": 0.0, "decay": 0.0}),
+        (TrainConfig, {"batch": 1, "keep": 1, "sample_tokens": 0, "label_smoothing": 0.0, "stall_seconds": 1.0}),
+        (TrainConfig, {"parallel": "fsdp", "shard_ranks": 1, "reshard": False, "gather_dtype": "bf16"}),
+        (Settings, {"seed": 2**63 - 1, "steps": 1}),
+        (Settings, {"seed": 0, "train": {"batch": 6, "micro_batch": 6}}),
+    ],
+)
+def test_a_value_at_the_edge_of_its_range_is_taken(cls: type, values: dict) -> None:
+    found = to_dict(from_dict(cls, values))
+    assert {name: found[name] for name in values if name != "train"} == {
+        k: v for k, v in values.items() if k != "train"
+    }
 
 
 def number_fields(cls: type) -> list[tuple[type, str]]:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from minillm import load
 from minillm.cli import run as command
 from minillm.config import DamagedFile, UserError
+from minillm.loading import Opened
 from minillm.training import checkpoint
 from tests.training.running import TINY, train, write_text
 from tokenizer import Tokenizer
@@ -71,6 +74,23 @@ def test_tables_that_are_not_saved_are_made_again(run: Path, tmp_path: Path, pos
     )
     ids = torch.arange(12)[None]
     assert torch.equal(load(tmp_path)[0](ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("config", "start", "frame"),
+    [
+        ({}, [7], ([], [])),
+        ({"task": {"name": "classify", "frame": [[3], [4]]}}, [7], ([], [])),
+        ({"task": {"name": "seq2seq"}}, [7], ([7], [8])),
+        ({"task": {"name": "seq2seq", "start": [1, 2], "frame": [[3], []]}}, [1, 2], ([3], [])),
+        ({"imported": {"start": [5]}, "task": {"name": "seq2seq", "start": [1]}}, [5], ([0], [2, 2])),
+        ({"imported": {"start": None}, "task": {"start": [1]}}, [1], ([0], [2, 2])),
+    ],
+)
+def test_what_an_encoder_decoder_reads_between_and_begins_with(config: dict[str, Any], start: Any, frame: Any) -> None:
+    words = SimpleNamespace(document_id=7, end_id=8, encode=lambda text: [9], wrap=lambda text: [0, 9, 2, 2])
+    opened = Opened(torch.nn.Identity(), words, Path(), config)
+    assert (opened.start, opened.frame) == (start, frame)
 
 
 def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
