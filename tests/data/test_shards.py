@@ -50,6 +50,8 @@ def test_every_document_once_on_one_side(prepared: Prepare, corpus: Path) -> Non
     assert info["hash"] == corpus_hash(open_source(str(corpus)))
     assert info["hash"] == corpus_hash(open_source(str(shards.path)))
     assert verify(shards.path) == [] and is_prepared(shards.path)
+    (corpus / "00.txt").write_bytes((corpus / "00.txt").read_bytes().replace(b"0", b"1"))
+    assert info["hash"] != corpus_hash(open_source(str(corpus)))
 
 
 def test_a_document_keeps_its_side_when_others_come(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
@@ -132,10 +134,10 @@ def test_windows_go_around_the_ring_and_across_files(prepared: Prepare, corpus: 
 @pytest.mark.parametrize(("vocab_size", "width"), [(65_536, 2), (65_537, 4)])
 def test_ids_take_two_bytes_where_they_fit(prepared: Prepare, corpus: Path, vocab_size: int, width: int) -> None:
     highest = vocab_size - 1
-    shards = prepared(corpus, vocab_size=vocab_size, validation=0.2, encode=lambda texts: [[highest, 5] for _ in texts])
+    shards = prepared(corpus, vocab_size=vocab_size, validation=0.2, encode=lambda texts: [[highest, 0] for _ in texts])
     header = read_header(shards.path / "train-00000.tokens")
     assert (header.width, header.max_id, shards.train.max_id) == (width, highest, highest)
-    assert set(all_ids(shards.train)) == {DOCUMENT, 5, highest}
+    assert set(all_ids(shards.train)) == {DOCUMENT, 0, highest}
 
 
 def test_another_tokenizer_or_vocabulary_is_refused(prepared: Prepare, corpus: Path) -> None:
@@ -149,14 +151,16 @@ def test_another_tokenizer_or_vocabulary_is_refused(prepared: Prepare, corpus: P
 
 def test_refusals_leave_nothing_behind(prepared: Prepare, corpus: Path, tmp_path: Path) -> None:
     (corpus / "30.txt").write_text("buzz")
-    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "short.txt").write_text("ab")
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.txt").touch()
     for source, options, message in [
         (corpus, {"encode": refuse_z}, "30.txt: no z here"),
         (corpus, {"encode": refuse_z, "workers": 2}, "30.txt: no z here"),
         (corpus, {"vocab_size": 50}, "leave the vocabulary of 50"),
-        (tmp_path / "short.txt", {}, "too little text"),
+        (corpus, {"encode": lambda texts: [[VOCAB]] * len(texts)}, "leave the vocabulary of 260"),
+        (corpus, {"encode": lambda texts: [[-1]] * len(texts)}, "leave the vocabulary of 260"),
+        (tmp_path / "short.txt", {}, "too little text: 2 tokens to train on, 1 to validate"),
         (tmp_path / "blank", {}, "holds no text"),
     ]:
         with pytest.raises(UserError, match=message):
