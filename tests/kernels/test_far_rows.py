@@ -73,3 +73,11 @@ def test_a_cache_of_more_than_2_to_the_31_elements(far) -> None:
     q, k, v = (torch.randn(shape).half() for shape in QKV.values())
     lengths = torch.tensor([9, 6, 5])
     assert torch.equal(decode_attention(far(q), far(k), far(v), lengths), decode_attention(q, k, v, lengths))
+
+
+def test_tokens_that_lie_far_apart(far) -> None:
+    """Within a tile offsets are int32: what they cannot reach is copied first."""
+    apart = [far(torch.randn(3, 1, heads, 16).half()).permute(1, 2, 0, 3) for heads in (2, 1, 1)]
+    near, lengths = [x.contiguous() for x in apart], torch.tensor([3])
+    assert torch.equal(flash_attention(*apart, causal=True), flash_attention(*near, causal=True))
+    assert torch.equal(decode_attention(*apart, lengths), decode_attention(*near, lengths))

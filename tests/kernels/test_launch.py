@@ -88,3 +88,6 @@ def test_a_candidate_holds_for_its_kernel_inside_its_block() -> None:
         assert tuned("rms_norm_forward", *arguments) == {"BLOCK": 1}
         assert tuned("rms_norm_backward", *arguments) == other
     assert tuned("rms_norm_forward", *arguments) == before
+    with pytest.raises(KeyError), candidate("rms_norm_forward", {}):  # a choice that the kernel cannot be launched with
+        tuned("rms_norm_forward", *arguments)["BLOCK"]
+    assert tuned("rms_norm_forward", *arguments) == before
