@@ -182,6 +182,14 @@ def test_resumed_across_what_was_passed_over(tmp_path: Path, soon) -> None:
     assert same(weights(whole), weights(again))
 
 
+def test_a_row_that_a_stop_interrupts_is_as_long_as_one_that_none_does(tmp_path: Path) -> None:
+    values = {"train": {"skip_spikes": 2, "save_every": 1, "keep": 100}}
+    for folder in (None, tmp_path / "checkpoints" / "step-3"):
+        work = planted(job(tmp_path, steps=9, **values), dict.fromkeys((3, 4, 5, 6), math.nan))
+        with pytest.raises(TrainingFailed, match=r"^step 5: .*, after 2 steps in a row were passed over"):
+            train(work, Signals(), resume_from=folder)
+
+
 def test_what_was_passed_over_stays_recorded_when_a_signal_comes_then(tmp_path: Path) -> None:
     """A signal saves before the chores of the step: its line and its event are of the step itself."""
     work = planted(job(tmp_path, steps=4, **FIVE), {2: math.nan})
