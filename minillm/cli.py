@@ -7,6 +7,7 @@
 import difflib
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,30 +37,24 @@ MODULES = {"import": "importing", "export": "exporting"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `minillm ARGV`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: minillm COMMAND … (minillm COMMAND --help says more)\n", file=sys.stdout if argv else sys.stderr)
-        for name, what in COMMANDS.items():
-            print(f"  {name:<10} {what}", file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from minillm import __version__
-
-        print(f"minillm {__version__}")
-        return 0
-    return run(argv[0], argv[1:])
+    return run(argv[0], argv[1:]) if argv else run("", [])
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """One command, its errors as one line on stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed, and the next file opened would get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    if sys.getfilesystemencoding() == "ascii":  # a C locale, in which Python was told not to take UTF-8 instead
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     try:
-        if command not in COMMANDS:
-            raise UserError(_unknown(command))
-        if command != "train":
-            launching.refuse_group(command)
-        if command == "tokenizer":
-            tokenizer_main = importlib.import_module("tokenizer.__main__").main
-            return tokenizer_main(list(argv), prog="minillm tokenizer")
-        return importlib.import_module(f"minillm.commands.{MODULES.get(command, command)}").main(list(argv))
+        try:
+            code = _run(command, list(argv))
+        except SystemExit:  # a parser's
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # a reader that has gone, or a full disk, shows while it can still be said
+        return code
     except DamagedFile as error:
         return _say(error, 3)
     except UserError as error:
@@ -67,14 +62,54 @@ def run(command: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say("stopped", 130)
     except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
+        _drop_output()
         return 0
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "").lower() == "utf8":
+            raise
+        return _say(f"{error.object[error.start]!a} cannot be shown in {error.encoding}; set PYTHONIOENCODING=utf-8", 2)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _say(f"the disk is full ({error.filename or 'while writing'}); make room and go on with --resume", 2)
+            _drop_output()
+            further = " and go on with --resume" if command in ("train", "finetune") else ""
+            return _say(f"the disk is full ({error.filename or 'while writing'}); make room{further}", 2)
         if error.filename is None:
             raise
         return _say(f"{error.filename}: {error.strerror}", 2)
+
+
+def _run(command: str, argv: list[str]) -> int:
+    for arg in argv:
+        if any("\ud800" <= character <= "\udfff" for character in arg):
+            raise UserError(f"the argument {arg!a} is not UTF-8; rename the file, or write the text in UTF-8")
+    if command in ("", "-h", "--help"):
+        print(_usage(), file=sys.stdout if command else sys.stderr)
+        return 0 if command else 2
+    if command == "--version":
+        from minillm import __version__
+
+        print(f"minillm {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UserError(_unknown(command))
+    if command != "train":
+        launching.refuse_group(command)
+    if command == "tokenizer":
+        return importlib.import_module("tokenizer.__main__").main(argv, prog="minillm tokenizer")
+    return importlib.import_module(f"minillm.commands.{MODULES.get(command, command)}").main(argv)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: minillm COMMAND … (minillm COMMAND --help says more)\n", *lines])
+
+
+def _drop_output() -> None:
+    """What stdout still holds, and could not be written, would fail once more when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(command: str) -> str:

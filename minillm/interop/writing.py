@@ -224,10 +224,15 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 }
 
 
+_PRESETS = {"gpt2": "gpt2", "qwen3": "default", "bert": "bert-base or bert-tiny"}
+"""What trains a model of the family."""
+
+
 def _refusal(family: str, path: str, value: Any, possible: str) -> UserError:
+    such = f"--preset {_PRESETS[family]} trains a model that" if family in _PRESETS else "a model that is trained so"
     return UserError(
         f"model.{path}={_show(value)} cannot be written in Hugging Face's format: {TITLES[family]}, the nearest "
-        f"family, has {possible}"
+        f"family, has {possible}; {such} can be"
     )
 
 

@@ -1,13 +1,15 @@
 """config.json without weights: what outputs do not show, what a file leaves out, what older ones say otherwise."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from minillm.config import ModelConfig, UserError, from_dict, merge
+from minillm import presets
+from minillm.config import ModelConfig, Settings, UserError, from_dict, merge
 from minillm.interop.configs import Fields, read_config
 from minillm.interop.families import FAMILIES
-from minillm.interop.writing import architecture, write_config
+from minillm.interop.writing import architecture, family_of, write_config
 from tests.interop.ours import SHAPES
 
 SCALED = {"kind": "rope", "theta": 5e5, "scaling": "llama3", "scaling_factor": 3.0, "original_context": 16}
@@ -80,4 +82,22 @@ def test_dropout_that_has_no_place_here_is_told() -> None:
     assert fields.notes == [
         "attn_pdrop is 0.5: attention probabilities have no dropout here",
         "embd_pdrop is 0.4; dropout is 0.2 everywhere here",
+    ]
+
+
+def test_what_no_family_has_is_refused_with_a_preset_that_one_has() -> None:
+    def family(preset: str) -> str:
+        return family_of(replace(from_dict(Settings, presets.preset(preset)).model, vocab_size=512))
+
+    with pytest.raises(
+        UserError, match=r"rms cannot .* BERT, .* has only layer; --preset bert-base or bert-tiny trains"
+    ):
+        family("mlm-tiny")
+    with pytest.raises(UserError, match=r"BART, the nearest family, has only layer; a model that is trained so can be"):
+        family("seq2seq-tiny")
+    assert [family(preset) for preset in ("bert-base", "bert-tiny", "default", "gpt2")] == [
+        "bert",
+        "bert",
+        "qwen3",
+        "gpt2",
     ]
