@@ -220,7 +220,7 @@ def _again(config: Mapping[str, Any], changes: Mapping[str, str | None]) -> str:
     replaced = ["out", "overwrite", *changes]
     if config.get("task"):
         model = str(config["base"]["model"])
-        options = [model, *(part for part in options if part != model)]
+        options = [model, *(part for part in options if Path(part) != Path(model))]
         command = "minillm finetune"
     else:
         replaced += ["preset", "data", "profile"]

@@ -174,7 +174,7 @@ def test_finetuning_end_to_end(tmp_path: Path, capsys) -> None:
     data = classify_file(tmp_path / "data.jsonl", 60)
     argv = [str(model), "--task", "classify", "--data", str(data), "--train.threads", "1", "--train.batch", "4"]
     ranging = ["--optim.schedule", "range", "--optim.lr=1", "--steps", "80", "--out", str(run)]
-    result = minillm(capsys, "finetune", *argv, *ranging)
+    result = minillm(capsys, "finetune", f"{model}/", *argv[1:], *ranging)
     assert result.code == 0, result.err
     found = lr_range.read(metrics(run))
     assert found is not None and found.suggested is not None and "suggests --optim.lr" in result.out
