@@ -231,10 +231,25 @@ def test_inputs_that_would_be_ignored_are_refused(shape: str, wrong: dict[str, T
         model(torch.zeros(1, 4, dtype=torch.long), **wrong)
 
 
-def test_learned_positions_end_with_the_context() -> None:
+def test_learned_positions_end_with_the_context_and_others_do_not() -> None:
     model = build(small(position={"kind": "learned"}, context=8))
     with pytest.raises(UserError, match=r"9 tokens do not fit: learned positions end at model.context \(8\)"):
         model(torch.zeros(1, 9, dtype=torch.long))
+    others = build(small(context=8))
+    ids = torch.randint(29, (1, 9))
+    torch.testing.assert_close(others(ids)[:, :8], others(ids[:, :8]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_biases_stand_where_they_are_asked_for(kind: str) -> None:
+    def biases(bias: bool) -> set[str]:
+        norm, mlp = {"kind": "layer", "bias": bias}, {"kind": kind, "bias": bias}
+        model = Transformer(small(layers=1, norm=norm, mlp=mlp, attention={"bias": bias}))
+        return {name.removeprefix("decoder.blocks.0.") for name, _ in model.named_parameters() if "bias" in name}
+
+    layers = {f"attention.{x}_proj" for x in ("q", "k", "v", "out")} | {"mlp.up_proj", "mlp.down_proj"}
+    layers |= {"attention_norm", "mlp_norm", "decoder.final_norm"} | ({"mlp.gate_proj"} if kind == "swiglu" else set())
+    assert biases(True) == {f"{layer}.bias" for layer in layers} and biases(False) == set()
 
 
 def test_ids_that_are_none_are_refused() -> None:
