@@ -173,27 +173,28 @@ def attention(
         options: dict[str, Any] = dict(softcap=softcap, alibi_slopes=slopes, segments=segments, lengths=lengths)
         return kernel(q, k, v, causal=causal, window=sides, **options)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
-    plain = sides is None and slopes is None and segments is None and lengths is None
-    if H != G and plain and T == 1:  # the queries of a group are rows over the same keys, of which none is copied
-        return attention(q.reshape(B, G, H // G, D), k, v, causal=False).reshape(q.shape)
-    if H != G:
+    if H != G and T == 1 and slopes is None:  # a group's queries are rows over the same keys, of which none is copied
+        q = q.reshape(B, G, H // G, D)
+    elif H != G:
         k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
-    on_cpu = cpu.attends_plainly(q, k)
+    plain = sides is None and slopes is None and segments is None and lengths is None
+    on_cpu, empty = cpu.attends_plainly(q, k), None
     causal_matters = causal and T > 1
     if plain and on_cpu and T <= S:
         hidden = torch.full((T, S), float("-inf"), dtype=q.dtype).triu_(S - T + 1) if causal_matters else None
-        return cpu.attention(q, k, v, hidden)
-    if plain and not on_cpu and (not causal_matters or T == S):  # torch aligns the first query with the first key
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal_matters)
-    mask, empty = _mask(T, S, q.device, causal, sides, segments, lengths)
-    if slopes is not None:
-        at, keys = _places(T, S, q.device, lengths)
-        bias = -slopes.view(1, -1, 1, 1) * (at - keys).abs().unsqueeze(1)
-        mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)
-    elif on_cpu:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    y = cpu.attention(q, k, v, mask) if on_cpu else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y if empty is None else y.masked_fill(empty, 0.0)
+        y = cpu.attention(q, k, v, hidden)
+    elif plain and not on_cpu and (not causal_matters or T == S):  # torch aligns the first query with the first key
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal_matters)
+    else:
+        mask, empty = _mask(T, S, q.device, causal, sides, segments, lengths)
+        if slopes is not None:
+            at, keys = _places(T, S, q.device, lengths)
+            bias = -slopes.view(1, -1, 1, 1) * (at - keys).abs().unsqueeze(1)
+            mask = bias.masked_fill(~mask, float("-inf")).to(q.dtype)
+        elif on_cpu:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        y = cpu.attention(q, k, v, mask) if on_cpu else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return (y if empty is None else y.masked_fill(empty, 0.0)).reshape(B, H, T, D)
 
 
 def _places(T: int, S: int, device: torch.device, lengths: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

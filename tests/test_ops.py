@@ -123,12 +123,23 @@ def test_decode_attention_equals_the_reference_of_the_kernel(T: int, options: di
     torch.testing.assert_close(got, decode_attention_reference(q, k, v, lengths, **expected), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_single_query_reads_grouped_keys_where_they_are(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 16, 8)[:, :, :9], torch.randn(2, 3, 16, 8)[:, :, :9]
-    expected = flash_attention_reference(q, k, v, causal=causal)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [None, [9, 4]])
+def test_a_single_query_reads_grouped_keys_where_they_are(
+    lengths: list[int] | None, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = torch.randn(2, 6, 1, 8).to(dtype), *torch.randn(2, 2, 3, 16, 8).to(dtype)[..., :9, :]
+    used = torch.tensor(lengths or [9, 9])
+    expected = decode_attention_reference(
+        q.double(), k.double(), v.double(), used, window=None if window is None else (window - 1, 0)
+    )
     monkeypatch.setattr(Tensor, "repeat_interleave", None, raising=False)
-    torch.testing.assert_close(ops.attention(q, k, v, causal=causal), expected, atol=1e-6, rtol=0)
+    if lengths is None:
+        got = ops.attention(q, k, v, causal=True, window=window)
+    else:
+        got = ops.decode_attention(q, k, v, used, window=window)
+    torch.testing.assert_close(got.double(), expected, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -1,10 +1,12 @@
 """Generation with a cache against the model read anew for each token, and rows against rows alone."""
 
 import copy
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig, UserError
 from minillm.inference.generate import generate
@@ -174,6 +176,36 @@ def test_a_row_does_not_depend_on_the_others_and_the_seed_decides() -> None:
     assert generate(model, RAGGED[1:], max_new_tokens=16, sampling=sampling, seed=5, first_row=1) == together[1:]
     twins = generate(model, [[1, 2]] * 2, max_new_tokens=16, sampling=sampling, seed=5)
     assert twins[0] != twins[1]
+
+
+class Calls(TorchDispatchMode):
+    """Which operators run while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_step_of_a_block_calls_few_operators() -> None:
+    """Of a small model that is what a step on a CPU costs: a microsecond or two each, whatever they work on."""
+    found = []
+    for layers in (1, 2):
+        model = model_of(layers=layers, kv_heads=2, attention=AttentionConfig(qk_norm=True)).bfloat16().eval()
+        reader, texts = Reader(model, None, 4), [[1, 2, 3], [4, 5, 6]]
+        reader.next_logits(texts)
+        for text in texts:
+            text.append(7)
+        with Calls() as calls:
+            reader.next_logits(texts)
+        found.append(Counter(calls.names))
+    block = found[1] - found[0]
+    assert block.total() <= 96, block
+    assert not {name for name in block if name.startswith(("scatter", "arange", "index"))}
 
 
 def test_the_global_random_state_and_the_models_mode_stay_as_they_were() -> None:
