@@ -26,6 +26,7 @@ def find_roles(model: Any, settings: Mapping[str, Any], folder: Path) -> dict[st
     said = dict(read_json(folder / "special_tokens_map.json")) if (folder / "special_tokens_map.json").is_file() else {}
     said |= {name: value for name, value in settings.items() if value is not None}
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    known = set(model.get_vocab().values())  # ids may have holes, and the highest be no count of them
 
     def find(*names: str) -> int | None:
         for name in names:
@@ -34,7 +35,7 @@ def find_roles(model: Any, settings: Mapping[str, Any], folder: Path) -> dict[st
             i = model.token_to_id(value) if isinstance(value, str) else None
             i = config.get(f"{name}_id") if i is None else i
             i = i[0] if isinstance(i, list) and i else i
-            if type(i) is int and 0 <= i < model.get_vocab_size():
+            if type(i) is int and i in known:
                 return i
         return None
 

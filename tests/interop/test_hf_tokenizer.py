@@ -172,6 +172,20 @@ def test_damage_and_absence_are_named(tmp_path):
         HFTokenizer.load(tmp_path)
 
 
+def test_older_files_of_bart_have_its_names(tmp_path):
+    gpt2 = byte_level()
+    tokenizers.Tokenizer.from_str(gpt2.content.decode()).model.save(str(tmp_path))
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    names = {"document": "<s>", "pad": "<pad>", "end": "</s>", "mask": "<mask>"}
+    del vocabulary["<|endoftext|>"]
+    vocabulary |= {name: gpt2.vocab_size + at for at, name in enumerate(names.values())}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
+    bart = HFTokenizer.load(tmp_path)
+    assert bart.roles == bart.special == {role: vocabulary[name] for role, name in names.items()}
+    assert bart.encode("of <s>") == [*gpt2.encode("of <"), *gpt2.encode("s"), *gpt2.encode(">")]
+
+
 def test_older_files(tmp_path):
     """vocab.txt, and vocab.json with merges.txt: the same ids as from tokenizer.json."""
     bert = wordpiece()
@@ -185,9 +199,12 @@ def test_older_files(tmp_path):
     tokenizers.Tokenizer.from_str(gpt2.content.decode()).model.save(str(tmp_path / "gpt2"))
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 0}')
     for ours, theirs in ((older, bert), (HFTokenizer.load(tmp_path / "gpt2"), gpt2)):
-        assert ours.roles == theirs.roles
+        assert ours.roles == theirs.roles and ours.special == theirs.special
+        assert ours.decode([ours.end_id]) == ""
         for text in [*TEXT, *HARD]:
             assert ours.encode(text) == theirs.encode(text)
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert HFTokenizer.load(tmp_path / "gpt2").roles == gpt2.roles
     for changes in ({"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}):
         (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps(changes))
         names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
