@@ -20,7 +20,7 @@ from minillm.interop.hf import read_hf
 from minillm.model.transformer import Transformer
 from minillm.peft.config import MethodConfig
 from minillm.peft.files import load, save
-from minillm.peft.inject import Adapted, inject
+from minillm.peft.inject import Adapted, inject, target_layers
 from minillm.peft.places import Place
 from tests.peft.helpers import move
 
@@ -157,6 +157,7 @@ def test_theirs_opens_with_ours(method: str, pair: tuple[str, Path], tmp_path: P
     adapted = load(open_ours(folder), tmp_path, rename=places(folder).__getitem__)
     if adapted.grown:
         assert changed_by(adapted) > 0.05
+        assert len(adapted.grown) < len(target_layers(adapted.transformer, "all")), "what theirs leaves alone has grown"
     assert_same(adapted.model, theirs)
 
 
