@@ -170,6 +170,7 @@ def _object(where: str, value: Any) -> Record:
 
 
 def _csv(name: str, text: str, _: str) -> Iterator[Record]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a document may be longer than the module's limit
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # newline="" keeps line ends inside quotes
     header, line = None, 0
     try:

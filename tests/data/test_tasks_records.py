@@ -56,6 +56,12 @@ def test_many_records_take_time_in_proportion(tmp_path: Path) -> None:
     assert lines == list(range(2, 8002))
 
 
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    text = "word " * 40_000  # the csv module's own limit is 131,072 characters
+    (tmp_path / "a.csv").write_text(f"text,label\n{text},x\n")
+    assert read_records(tmp_path / "a.csv")[0].fields == {"text": text, "label": "x"}
+
+
 def test_a_csv_field_may_hold_lines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'text,label\n"two\nlines",x\nz,y\n')
     found = places(read_records(tmp_path / "a.csv"))
