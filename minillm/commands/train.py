@@ -116,6 +116,13 @@ def _read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
+def _say_unread(argv: list[str]) -> None:
+    """A preset says how a tokenizer would be trained, for whatever data; who types it expects to get it."""
+    for option in dict.fromkeys(arg.split("=")[0].replace("_", "-") for arg in argv):
+        if option in ("--tokenizer.type", "--tokenizer.vocab-size"):
+            say(f"note: {option} is not read: there is a tokenizer already, the prepared data's or --tokenizer.path")
+
+
 def _start(args: Args, argv: list[str], signals: Signals, team: Alone) -> int:
     """A new run: its folder and config.json first, so that whatever follows can be resumed.
 
@@ -134,6 +141,8 @@ def _start(args: Args, argv: list[str], signals: Signals, team: Alone) -> int:
     choose_device(settings.device)
     ops.select(settings.kernels)
     source = open_source(settings.source)
+    if team.lead and (source.prepared is not None or settings.tokenizer.path is not None):
+        _say_unread(argv)
     name = settings.source
     if Path(name).exists():  # kept as an absolute path, so that --resume works from any folder
         name = Path(name).name

@@ -172,6 +172,17 @@ def test_preset_then_config_then_command_line(capsys, text: Path, tmp_path: Path
     assert found[0] == found[1]
 
 
+def test_options_of_a_tokenizer_that_is_not_trained_are_said_to_be_unread(capsys, text: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    result = train(capsys, "--data", text, "--out", first, *TINY, "--steps", "1")
+    assert result.code == 0 and "is not read" not in result.err
+    more = ["--tokenizer.path", first / "tokenizer", "--tokenizer.vocab-size=999"]
+    result = train(capsys, "--data", text, "--out", second, *TINY, "--steps", "1", *more)
+    assert result.code == 0 and result.err.count("note: --tokenizer.vocab-size is not read: there is a") == 1
+    vocabularies = [json.loads((run / "config.json").read_text())["settings"]["model"] for run in (first, second)]
+    assert vocabularies[0]["vocab_size"] == vocabularies[1]["vocab_size"]
+
+
 def one_line(result, *parts: str, code: int = 2) -> None:
     assert result.code == code, result.err
     assert result.err.count("\n") == 1 and result.err.startswith("error: ") and result.out == ""
