@@ -124,6 +124,12 @@ def test_never_below_the_unigram_baseline(tmp_path):
     assert "90 % of ln V, 7.486" in only(write_run(tmp_path, metrics), "no-learning")
 
 
+def test_a_rise_without_a_line_of_training_is_not_judged(tmp_path):
+    metrics = [line for line in healthy_metrics() if line.get("split") != "train"]
+    lines_of(metrics, "val")[-1]["bits_per_byte"] *= 1.2
+    assert kinds(write_run(tmp_path, metrics)) == []
+
+
 def test_a_run_that_has_only_begun_may_still_learn(tmp_path):
     metrics = [line for line in healthy_metrics() if line.get("step", 0) <= 20 and line.get("event") != "end"]
     lines_of(metrics, "val")[-1]["bits_per_byte"] = 3.0

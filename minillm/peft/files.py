@@ -8,6 +8,7 @@ not read, holds the settings, the hash of the model that the method was trained 
 import hashlib
 import json
 import os.path
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -103,6 +104,9 @@ def load(model: nn.Module, folder: str | Path, *, rename: Rename = Place) -> Ada
     except UserError:
         adapted.remove()  # the model stays as it was given
         raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as error:
+        adapted.remove()
+        raise DamagedFile(f"{folder / CONFIG} is damaged: {error!r}") from error
     return adapted
 
 

@@ -3,10 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minillm.config import DamagedFile, UserError
 from minillm.model.transformer import Transformer
@@ -110,6 +111,32 @@ def test_damage_is_noticed_wherever_it_is(tmp_path: Path) -> None:
             load(base(), tmp_path)
         (tmp_path / name).write_bytes(whole)
     load(base(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("lora", "lora_alpha", None),
+        ("lora", "alpha_pattern", "x"),
+        ("lora", "alpha_pattern", {"(": 2}),
+        ("lora", "alpha_pattern", {"decoder.*": "y"}),
+        ("adalora", "init_r", 3.5),
+        ("adalora", "rank_pattern", [1]),
+        ("adalora", "rank_pattern", {"decoder.blocks.0.attention.q_proj.lora_E": [True] * 9}),
+    ],
+)
+def test_a_config_of_others_that_makes_no_sense_is_refused(method: str, name: str, value: Any, tmp_path: Path) -> None:
+    save(trained(method), tmp_path)
+    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS)  # without what says that it is ours
+    load(base(), tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**values, name: value}))
+    model = base()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(DamagedFile, match=f"{CONFIG} is damaged: ") as caught:
+        load(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [type(module) for module in model.modules()] == kinds  # nothing was left in it
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "prefix"])
