@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 
 from minillm.config import DamagedFile, UserError
+from minillm.tensors import load_tensors
 from minillm.training import checkpoint, manifest, shelf
 from tests.training.saving import save_example
 
@@ -433,6 +434,15 @@ def test_hostile_tensor_files_are_refused_quickly(tmp_path, raw):
 
 
 @pytest.mark.prove
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_header_longer_than_any_models_is_not_parsed(tmp_path, beyond):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 10 * 2**20 + beyond))
+    with pytest.raises(DamagedFile, match="is damaged: it is no safetensors file") as caught:
+        load_tensors(path)
+    assert ("its header claims 10,485,761 bytes, and 10,485,760 are the most" in str(caught.value)) == bool(beyond)
+
+
 def test_many_tensors_open_quickly(tmp_path):
     header = {f"t{i}": entry("U8", (0,), (0, 0)) for i in range(100_000)}
     (tmp_path / "model.safetensors").write_bytes(safetensors(header))
