@@ -173,8 +173,6 @@ def _resume(args: Resume, signals: Signals, team: Alone) -> int:
     from minillm.training.run import held, read_config
 
     run = Path(args.resume)
-    if (run / "MANIFEST.json").exists():
-        raise UserError(f"{run} is a checkpoint; --resume takes the folder of its run: --resume {run.parent.parent}")
     config = read_config(run)
     if "task" in config or "imported" in config:
         refuse_group("finetune")

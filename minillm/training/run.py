@@ -140,6 +140,8 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if _half_removed(run):
         raise UserError(f"{run} holds no run: its last one was being removed; begin one there with --out {run}")
+    if run.parent.name == "checkpoints" and (run.name == "best" or (run / "MANIFEST.json").exists()):
+        raise UserError(f"{run} is a checkpoint; give the folder of its run: {run.parent.parent}")
     if not path.is_file():
         raise UserError(f"{run} holds no run: {path} is missing")
     try:

@@ -228,7 +228,8 @@ def test_what_is_no_run_is_refused(capsys, whole, tmp_path: Path) -> None:
     _, run = whole
     for path, message in [
         (tmp_path / "nothing", "holds no run"),
-        (run / "checkpoints" / "step-40", f"is a checkpoint; --resume takes the folder of its run: --resume {run}"),
+        (run / "checkpoints" / "step-40", f"step-40 is a checkpoint; give the folder of its run: {run}"),
+        (run / "checkpoints" / "best", f"best is a checkpoint; give the folder of its run: {run}"),
     ]:
         result = resume(capsys, path)
         assert result.code == 2 and message in result.err and result.err.count("\n") == 1
