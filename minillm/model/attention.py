@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from minillm import ops
@@ -72,10 +73,10 @@ class Attention(nn.Module):
         return self.k_norm(self._split_heads(self.k_proj(source))), self._split_heads(self.v_proj(source))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], -1, self.head_width).transpose(1, 2)  # [B, T, H * D] -> [B, H, T, D]
+        return rearrange(x, "b t (h d) -> b h t d", d=self.head_width)
 
     def _merge_heads(self, y: Tensor) -> Tensor:
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, H * D]
+        return self.out_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
 class SelfAttention(Attention):
