@@ -13,8 +13,8 @@ M tokens, N features, V classes, C tokens of a chunk. With z the softcapped logi
 A step of generation is some hundred operators, most of which take longer to call than to run: RoPE takes queries and
 keys as one there. It multiplies every weight with few rows. MKL does such a product in one thread, and on AMD's
 processors far below the memory's rate; a batch of two products, half of the weights each, is done in both threads, and
-of large weights faster in each ([1, 768] · [768, 50257] in fp32 on two cores of a Zen 5: 3.6 to 5.6 ms against 9.7;
-eight rows: 11 against 17). Weights that stay in a core's own cache are one product: 5 µs for 256 · 256 against 14.
+faster in each ([1, 768] · [768, 50257] in fp32 on two cores of a Zen 5: 3.6 to 5.6 ms against 9.7; eight rows: 11
+against 17).
 
 In bf16, attention of many queries over few keys is two matrix products and a softmax: these run in bf16 instructions,
 which SDPA's CPU kernel does not use for its own products (forward and backward of 4,096 tokens, 4 heads of 64, one core
@@ -31,10 +31,8 @@ CHUNK_ELEMENTS = 2**21
 least, since each chunk adds to the gradient of the weight [V, N]: that pass must not outweigh those over the logits."""
 
 FEW_ROWS, FEWEST_ROWS = 32, 4
-"""Rows up to which `linear` is the faster way, and up to which the weights are its left factor."""
-
-MANY_WEIGHTS = 2**24, 2**19
-"""Weights from which on `linear` is the faster way, in one thread and in several: fewer are in a core's own cache."""
+"""Rows up to which `linear` is the faster way, in several threads and in one; up to the second number the weights are
+its left factor."""
 
 FEW_ELEMENTS = 2**17
 """Of the queries up to which `rope` is the faster way: calling operators then costs more than passing over memory."""
@@ -91,13 +89,13 @@ def rope(
 
 
 def multiplies_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is the faster way for x [..., K], weight [N, K]: few rows, many weights, fp32, no gradient."""
+    """Whether `linear` is the faster way for x [..., K] and weight [N, K]: few rows in fp32, and no gradient."""
+    rows = FEW_ROWS if torch.get_num_threads() > 1 else FEWEST_ROWS
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and 0 < x.numel() <= rows * x.shape[-1]
         and len(weight) > 1
-        and weight.numel() >= MANY_WEIGHTS[torch.get_num_threads() > 1]
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

@@ -144,16 +144,11 @@ def test_many_tokens_are_rotated_apart():
         assert not cpu.rotates_few(torch.empty(2, 4, 1, 64, device="meta"))
 
 
-@pytest.fixture
-def any_weights(monkeypatch):
-    monkeypatch.setattr(cpu, "MANY_WEIGHTS", (0, 0))
-
-
-@pytest.mark.usefixtures("any_weights")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("N", [2, 3, 64, 65])
 @pytest.mark.parametrize("rows", [(1, 1), (1,), (3, 1), (2, 2), (5, 1), (1, 32)])
-def test_few_rows_are_multiplied_in_halves(rows, N, bias):
+def test_few_rows_are_multiplied_in_halves(monkeypatch, rows, N, bias):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x, weight, b = torch.randn(*rows, 48), torch.randn(N, 48), torch.randn(N) if bias else None
     with torch.no_grad():
         assert cpu.multiplies_few(x, weight) == torch.backends.mkl.is_available()
@@ -164,16 +159,15 @@ def test_few_rows_are_multiplied_in_halves(rows, N, bias):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL's products are slow with few rows")
-@pytest.mark.parametrize("threads, columns", [(1, 2**14), (2, 2**9)])
-def test_weights_that_fit_into_a_cores_cache_are_one_product(monkeypatch, threads, columns):
+@pytest.mark.parametrize("threads, rows", [(1, 4), (2, 32)])
+def test_one_thread_gains_with_the_fewest_rows_alone(monkeypatch, threads, rows):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     with torch.no_grad():
-        assert cpu.multiplies_few(torch.empty(1, columns), torch.empty(2**10, columns))
-        assert not cpu.multiplies_few(torch.empty(1, columns), torch.empty(2**10 - 1, columns))
+        assert cpu.multiplies_few(torch.empty(rows, 8), torch.empty(16, 8))
+        assert not cpu.multiplies_few(torch.empty(rows + 1, 8), torch.empty(16, 8))
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL's products are slow with few rows")
-@pytest.mark.usefixtures("any_weights")
 def test_what_is_no_step_of_generation_is_one_product():
     x, weight = torch.randn(2, 1, 48), torch.randn(10, 48)
     assert not cpu.multiplies_few(x, weight), "a gradient may be wanted"
