@@ -90,17 +90,17 @@ def rope(
 
 def multiplies_few(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` is the faster way for x [..., K] and weight [N, K]: few rows in fp32, and no gradient."""
-    rows = FEW_ROWS if torch.get_num_threads() > 1 else FEWEST_ROWS
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and 0 < x.numel() <= rows * x.shape[-1]
         and len(weight) > 1
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkl.is_available()
+        # Last, since the number of threads is nothing that torch.compile could trace.
+        and 0 < x.numel() <= (FEW_ROWS if torch.get_num_threads() > 1 else FEWEST_ROWS) * x.shape[-1]
     )
 
 
