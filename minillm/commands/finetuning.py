@@ -73,10 +73,14 @@ def prepare(config: dict[str, Any], settings: Settings, opened: Any) -> dict[str
     examples, fold = examples_of(task, settings.source), options.get("fold")
     parts = divide(task, examples, seed=settings.seed, val=val, test=test, fold=fold and (fold["number"], fold["of"]))
     task.fit(parts.train)  # what is held out has no say in what labels there are, how often, or on which scale
-    corpus = {"source": settings.source, "documents": len(examples) + len(val or ()) + len(test)}
-    corpus |= {"split": "by seed" if options["val"] is None else options["val"]}
-    corpus |= {"hash": data_hash((parts.train, parts.val, () if test else parts.test))}
-    corpus |= {"test": {"source": options["test"], "examples": len(test), "hash": data_hash([test])}} if test else {}
+    corpus = {
+        "source": settings.source,
+        "documents": len(examples) + len(val or ()) + len(test),
+        "split": "by seed" if options["val"] is None else options["val"],
+        "hash": data_hash((parts.train, parts.val, () if test else parts.test)),
+    }
+    if test:
+        corpus["test"] = {"source": options["test"], "examples": len(test), "hash": data_hash([test])}
     _require_unchanged(config.get("corpus", {}), corpus)
     head = task.head(shape, options["pool"] or ("pooler" if opened.pooler else None))
     section.update(info=task.info(), head=None if head is None else asdict(head))
@@ -165,20 +169,21 @@ def _conclude(run: Path, config: dict[str, Any], done: Any, *, whole: bool) -> N
     }  # fmt: skip
     result["against"] = against_trivial(result["task"], read_metrics(run), result["metrics"])
     result["scored_on"] = scored_on = _scored_on(config)
-    figures, verdict = shown_metrics(done.metrics), sentence(result["against"])
+    verdict = sentence(result["against"])
     of_examples = {name: x for name, x in done.metrics.items() if isinstance(x, float) and not name.startswith("old_")}
     shown = ", ".join(" ".join(line.split()) for line in shown_metrics(of_examples)).replace("_", " ")
     if "test" in config["corpus"] and (run / "result.json").exists():
         say("note: the test examples were scored before: who goes on until they please has chosen by them")
-    ranged, said = lr_range.applies(config), [f"With its best weights, {scored_on['words']}: {shown}.", verdict]
-    report = write_report(run, () if ranged else said)
+    ranged = lr_range.applies(config)
+    said = [] if ranged else [f"With its best weights, {scored_on['words']}: {shown}.", verdict]
+    report = write_report(run, said)
     write_json(run / "result.json", result)  # last: a run that has it is not looked at again
     if ranged:
         conclude(run, config, report)
         return
     best = f"best at step {progress.best_step:,}"
     print(f"{done.outcome.reason} after {progress.step:,} steps, {best}; {scored_on['words']}:")
-    print("\n".join(figures))
+    print("\n".join(shown_metrics(done.metrics)))
     print(verdict)
     name = config["task"]["name"]
     use = {"chat": "chat", "preference": "chat", "lm": "generate"}.get(name, "predict")

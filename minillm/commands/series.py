@@ -100,8 +100,8 @@ def finish(argv: list[str], run: Path, where: str | None = None) -> int:
     """
     if (run / "result.json").is_file():
         return 0
-    place = str(run if where is None else run.absolute())
-    options = ["--resume", place] if (run / "config.json").is_file() else [*argv, "--out", place]
+    run = run.absolute()
+    options = ["--resume", str(run)] if (run / "config.json").is_file() else [*argv, "--out", str(run)]
     command = [sys.executable, "-m", "minillm.cli", "finetune", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=where)
     try:

@@ -11,7 +11,7 @@ they are one (Dong et al. 2021, https://arxiv.org/abs/2103.03404). B rows, T tok
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,18 +72,14 @@ def _likeness(x: Tensor) -> Tensor:
     return ((unit.sum(1).square().sum(-1) - T) / (T * (T - 1))).mean()
 
 
-@contextmanager
-def blocks_alone(model: Transformer) -> Iterator[None]:
+def blocks_alone(model: Transformer) -> AbstractContextManager[None]:
     """While open, gradients go through every branch and past none; all values are as they were."""
-    with _changed(model, lambda stream: stream.detach()):
-        yield
+    return _changed(model, torch.detach)
 
 
-@contextmanager
-def without_additions(model: Transformer) -> Iterator[None]:
+def without_additions(model: Transformer) -> AbstractContextManager[None]:
     """While open, each branch hands on what it makes of the stream, and nothing is added to it."""
-    with _changed(model, torch.zeros_like):
-        yield
+    return _changed(model, torch.zeros_like)
 
 
 @contextmanager
